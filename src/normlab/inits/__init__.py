@@ -1,0 +1,1 @@
+"""Initialisers: one method, one file."""

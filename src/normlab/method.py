@@ -1,0 +1,375 @@
+"""What a method is: its `Card` of typed facts, and the `Method` that a training loop calls.
+
+A method of the literature lives in one file. The file ends with a ``CARD``, from which listing,
+documentation, contract run and report legend are made, and a ``METHOD``, the little that a
+workbench must know to train any model with it::
+
+    METHOD = Method(card=CARD, prepare=prepare)
+
+Every part of a `Method` has a default that does nothing. An *option* of a method is a keyword-only
+argument of one of its parts, so that a part's signature is the one place where it is declared:
+
+    >>> from normlab.catalog import find_method
+    >>> method = find_method("ic-layer").with_options(drop_prob=0.1)
+    >>> method.label
+    'ic-layer:drop_prob=0.1'
+
+Methods compose with ``+``: each part runs over what the part before it returned.
+
+    >>> (find_method("fixup") + find_method("dropout")).label
+    'fixup+dropout'
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial, reduce
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Group = dict[str, Any]
+"""One parameter group as torch's optimisers take it: ``params``, ``lr``, ``weight_decay``, ..."""
+
+
+class Unsuitable(ValueError):
+    """A method that does not fit the model it was asked to change, with the reason."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method comes from: ``arxiv`` is the bare identifier, ``1911.09737``."""
+
+    authors: str
+    title: str
+    year: int
+    arxiv: str | None = None
+    venue: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The facts about a method that readers and tools ask for.
+
+    Attributes:
+        name: The name on the command line, lower case with hyphens.
+        title: The name in a sentence.
+        summary: One sentence: what it does.
+        room: The package that holds it.
+        source: The paper; None for the absence of a method.
+        batch_statistics: Whether a sample's training output depends on the rest of its batch.
+        batch_of_one: ``"trains"``; ``"needs space"`` where a single sample must have more than one
+            position per channel; ``"refuses"``.
+        eval_differs: Whether evaluation computes another function than training.
+        stochastic: Whether the method draws random numbers in training.
+        state: What it adds to a checkpoint beyond weights, in words.
+        best_for: Whom it helps.
+        limits: Where it does not fit or did not help.
+        departures: Where this implementation differs from the paper, and why.
+    """
+
+    name: str
+    title: str
+    summary: str
+    room: Literal["norms", "inits", "weights", "optim", "regularizers"]
+    source: Source | None
+    batch_statistics: bool = False
+    batch_of_one: Literal["trains", "needs space", "refuses"] = "trains"
+    eval_differs: bool = False
+    stochastic: bool = False
+    state: tuple[str, ...] = ()
+    best_for: str = ""
+    limits: tuple[str, ...] = ()
+    departures: tuple[str, ...] = ()
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may know about the training that it is part of.
+
+    Attributes:
+        batches: A few fresh training batches ``(inputs, targets)``, drawn apart from training, so
+            that looking at them shifts nobody's data order.
+        loss: Maps ``(outputs, targets)`` to a scalar.
+        num_classes: The number of outputs.
+        optimizer: The kind of the task's optimiser, ``"sgd"`` or ``"adamw"``.
+        lr: The base learning rate.
+        total_steps: The number of optimiser steps planned.
+        generator: For random draws of the method's own.
+        say: Takes one sentence about what was done, for the records.
+    """
+
+    batches: tuple[tuple[Tensor, Tensor], ...]
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
+    num_classes: int = 10
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    total_steps: int = 1
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    say: Callable[[str], None] = _say_nothing
+
+
+def _keep_model(model: nn.Module, setting: Setting) -> nn.Module:
+    return model
+
+
+def _keep_batch(
+    inputs: Tensor, targets: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    return inputs, targets
+
+
+def _keep_groups(groups: list[Group], model: nn.Module, setting: Setting) -> list[Group]:
+    return groups
+
+
+def _plain_optimizer(
+    groups: list[Group], make: Callable[[list[Group]], torch.optim.Optimizer]
+) -> torch.optim.Optimizer:
+    return make(groups)
+
+
+def _attach_nothing(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> None:
+    pass
+
+
+def _no_penalty(model: nn.Module) -> Tensor | None:
+    return None
+
+
+_PARTS = ("prepare", "batch", "parameter_groups", "optimizer", "attach", "penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a training loop must know to train any model with a method.
+
+    Each part is a plain function, usable alone; the defaults do nothing.
+
+    Attributes:
+        card: The facts about the method.
+        prepare: ``(model, setting) -> model``: surgery, re-parametrisation, initialisation. The
+            model given may be changed in place; the one returned is to be used. Raises
+            `Unsuitable` with the reason where the method does not fit.
+        batch: ``(inputs, targets, generator) -> (inputs, targets)``: mixup, label smoothing.
+        parameter_groups: ``(groups, model, setting) -> groups``: takes the optimiser's groups and
+            returns them split or changed.
+        optimizer: ``(groups, make) -> optimizer``: replaces or wraps what ``make(groups)`` returns.
+        attach: ``(model, optimizer, setting)``: registers step hooks.
+        penalty: ``(model) -> scalar or None``: an extra term of the loss.
+        options: The values of options that differ from their defaults.
+        parts: The methods of which this one is composed; empty for a single one.
+    """
+
+    card: Card
+    prepare: Callable[..., nn.Module] = _keep_model
+    batch: Callable[..., tuple[Tensor, Tensor]] = _keep_batch
+    parameter_groups: Callable[..., list[Group]] = _keep_groups
+    optimizer: Callable[..., torch.optim.Optimizer] = _plain_optimizer
+    attach: Callable[..., None] = _attach_nothing
+    penalty: Callable[..., Tensor | None] = _no_penalty
+    options: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[Method, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The method as one writes it on the command line, options and parts included."""
+        if self.parts:
+            return "+".join(part.label for part in self.parts)
+        chosen = ",".join(f"{name}={value}" for name, value in sorted(self.options.items()))
+        return f"{self.card.name}:{chosen}" if chosen else self.card.name
+
+    def defaults(self) -> dict[str, Any]:
+        """Return each option with its default, read from the signatures of the parts."""
+        return {
+            name: parameter.default
+            for part in _PARTS
+            for name, parameter in inspect.signature(getattr(self, part)).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+    def with_options(self, **options: Any) -> Method:
+        """Return the method with options set.
+
+        Args:
+            options: Values by name, as `defaults` lists them; text is read as the type of the
+                default, so that values may come from a command line.
+
+        Returns:
+            A new method; this one is unchanged.
+
+        Raises:
+            ValueError: An unknown option (the nearest is named) or a value of another type.
+        """
+        defaults = self.defaults()
+        for name in options:
+            if name not in defaults:
+                known = ", ".join(sorted(defaults)) or "none"
+                raise ValueError(
+                    f"{self.card.name}({name}=...): expected an option of {self.card.name} "
+                    f"({known}), got {name!r}; {_nearest(name, defaults)}"
+                )
+        values = {
+            name: _read_value(self.card.name, name, value, defaults[name])
+            for name, value in options.items()
+        }
+        bound = {}
+        for part in _PARTS:
+            function = getattr(self, part)
+            takes = inspect.signature(function).parameters
+            mine = {name: value for name, value in values.items() if name in takes}
+            if mine:
+                bound[part] = partial(function, **mine)
+        kept = {name: value for name, value in values.items() if value != defaults[name]}
+        return replace(self, **bound, options={**self.options, **kept})
+
+    def __add__(self, other: Method) -> Method:
+        """Compose two methods: this one first, then ``other``."""
+        return compose([*(self.parts or (self,)), *(other.parts or (other,))])
+
+
+def compose(methods: Iterable[Method]) -> Method:
+    """Return one method that applies several in order.
+
+    Args:
+        methods: At least one method, each at most once.
+
+    Returns:
+        The composed method; its card is the first one's with the joint name.
+
+    Raises:
+        ValueError: A method is named twice, or there is none.
+    """
+    parts = tuple(methods)
+    names = [part.card.name for part in parts]
+    if not parts or len(set(names)) < len(names):
+        raise ValueError(
+            f"compose({'+'.join(names)}): expected different methods, got "
+            f"{'none' if not parts else 'one of them twice'}; do name each once"
+        )
+    if len(parts) == 1:
+        return parts[0]
+
+    def prepare(model: nn.Module, setting: Setting) -> nn.Module:
+        return reduce(lambda changed, part: part.prepare(changed, setting), parts, model)
+
+    def batch(inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        for part in parts:
+            inputs, targets = part.batch(inputs, targets, generator)
+        return inputs, targets
+
+    def parameter_groups(groups: list[Group], model: nn.Module, setting: Setting) -> list[Group]:
+        return reduce(lambda kept, part: part.parameter_groups(kept, model, setting), parts, groups)
+
+    def optimizer(
+        groups: list[Group], make: Callable[[list[Group]], torch.optim.Optimizer]
+    ) -> torch.optim.Optimizer:
+        for part in parts:
+            make = partial(part.optimizer, make=make)
+        return make(groups)
+
+    def attach(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> None:
+        for part in parts:
+            part.attach(model, optimizer, setting)
+
+    def penalty(model: nn.Module) -> Tensor | None:
+        terms = [term for part in parts if (term := part.penalty(model)) is not None]
+        return reduce(torch.add, terms) if terms else None
+
+    cards = [part.card for part in parts]
+    batch_of_one = max(
+        (card.batch_of_one for card in cards), key=("trains", "needs space", "refuses").index
+    )
+    card = replace(
+        cards[0],
+        name="+".join(names),
+        title=" + ".join(card.title for card in cards),
+        summary=" ".join(card.summary for card in cards),
+        batch_statistics=any(card.batch_statistics for card in cards),
+        batch_of_one=batch_of_one,
+        eval_differs=any(card.eval_differs for card in cards),
+        stochastic=any(card.stochastic for card in cards),
+        state=tuple(state for card in cards for state in card.state),
+    )
+    return Method(
+        card=card,
+        prepare=prepare,
+        batch=batch,
+        parameter_groups=parameter_groups,
+        optimizer=optimizer,
+        attach=attach,
+        penalty=penalty,
+        parts=parts,
+    )
+
+
+def split_groups(groups: list[Group], chosen: Iterable[Tensor], **changes: Any) -> list[Group]:
+    """Move chosen parameters into groups of their own, with some of the group's values changed.
+
+    Args:
+        groups: Parameter groups.
+        chosen: The parameters to move; those in no group are passed over.
+        changes: Values for the new groups. A function is called with the old value, so
+            ``lr=lambda lr: 0.1 * lr`` divides each group's own rate.
+
+    Returns:
+        New groups that hold every parameter of ``groups`` once, in which the order of the
+        parameters is kept; none is empty.
+    """
+    wanted = {id(parameter) for parameter in chosen}
+    result = []
+    for group in groups:
+        kept = [parameter for parameter in group["params"] if id(parameter) not in wanted]
+        moved = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        if kept:
+            result.append({**group, "params": kept})
+        if moved:
+            values = {
+                name: change(group[name]) if callable(change) else change
+                for name, change in changes.items()
+            }
+            result.append({**group, **values, "params": moved})
+    return result
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"do you mean {near[0]!r}?" if near else "do leave it out"
+
+
+def _read_value(method: str, name: str, value: Any, default: Any) -> Any:
+    """Return ``value`` in the type of ``default``; text comes from a command line."""
+    wanted: type | None = None if default is None else type(default)
+    if isinstance(value, str) and wanted is not str:
+        text = value.lower()
+        if text in ("true", "false"):
+            value = text == "true"
+        elif text == "none":
+            value = None
+        else:
+            for kind in (int, float):
+                try:
+                    value = kind(value)
+                    break
+                except ValueError:
+                    pass
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if wanted is not None and not isinstance(value, wanted):
+        raise ValueError(
+            f"{method}({name}={value!r}): expected a value like the default {default!r}, got "
+            f"{type(value).__name__}; do give {_article(wanted.__name__)}"
+        )
+    return value
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -1,0 +1,88 @@
+"""The few shared formulas of normalisers: channel views, wide accumulation, batch moments.
+
+Activations are ``(N, C, *)``: samples, channels, then any number of spatial axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import nn as distributed
+
+
+class Moments(NamedTuple):
+    """Per-channel moments: ``mean`` and biased ``variance`` of shape ``(C,)``, values per channel.
+
+    ``count`` is a number, or a tensor where it was summed over processes.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: int | Tensor
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Return ``values`` of shape ``(C,)`` as a view that broadcasts against ``like`` (N, C, *)."""
+    return values.reshape(-1, *(1,) * (like.dim() - 2))
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 if it has a half precision, for sums that half would lose."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def check_channels(operation: str, x: Tensor, num_features: int) -> None:
+    """Refuse input that is not floating point of shape ``(N, num_features, *)`` with ``N > 0``.
+
+    Args:
+        operation: The layer's name, for the message.
+        x: The input.
+        num_features: The number of channels expected.
+
+    Raises:
+        ValueError: In the form of the house.
+    """
+    if not torch.is_floating_point(x):
+        raise ValueError(
+            f"{operation}(input): expected floating point, got {x.dtype}; do convert the input"
+        )
+    if x.dim() < 2 or x.shape[1] != num_features:
+        raise ValueError(
+            f"{operation}(input): expected shape (N, {num_features}, *), got {tuple(x.shape)}; "
+            "do set num_features to the number of channels"
+        )
+    if x.numel() == 0:
+        raise ValueError(
+            f"{operation}(input): expected at least one value, got shape {tuple(x.shape)}; "
+            "do leave empty batches out"
+        )
+
+
+def batch_moments(x: Tensor, group: Any = None) -> Moments:
+    """Return the moments of each channel over samples and space, over all processes if asked.
+
+    Across processes each one contributes its count, sum and sum of squares in float64, in one
+    collective; the gradient flows back through the same sum, in one more.
+
+    Args:
+        x: Activations ``(N, C, *)``.
+        group: A process group, or None for this process alone.
+
+    Returns:
+        Mean, biased variance, and the number of values per channel.
+    """
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    if group is None:
+        variance, mean = torch.var_mean(wide(x), dim=axes, correction=0)
+        return Moments(mean, variance, x.numel() // x.shape[1])
+    exact = x.double()
+    count = exact.new_full((1,), x.numel() // x.shape[1])
+    sums = torch.cat([exact.sum(axes), exact.square().sum(axes), count])
+    sums = distributed.functional.all_reduce(sums, group=group)
+    total, squares, count = sums.split([x.shape[1], x.shape[1], 1])
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0)
+    kind = wide(x).dtype
+    return Moments(mean.to(kind), variance.to(kind), count.detach())

@@ -1,0 +1,1 @@
+"""Layers that normalise activations: one method, one file."""

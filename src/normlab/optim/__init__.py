@@ -1,0 +1,1 @@
+"""Optimisers, preconditioners and step hooks: one method, one file."""

@@ -1,0 +1,1 @@
+"""Noise that regularises: dropout and its kin, one method a file."""

@@ -1,0 +1,185 @@
+"""Follow the tensors of one forward pass from module to module.
+
+A method that pairs layers ("the activation after this normaliser", "the weight layer in front of
+it") cannot read that from names or from the order of registration. It is seen by running the
+model once: module B directly follows module A where the very tensor that A returned is handed to
+B. Any control flow is allowed; nothing is traced symbolically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_ADDITIONS = {
+    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__,
+}  # fmt: skip
+_RELUS = {
+    torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, nn.functional.relu, nn.functional.relu_,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one module during the pass.
+
+    Attributes:
+        name: The module's qualified name, ``""`` for the root; the first one if it has several.
+        module: The module.
+        source: The call whose output is this call's first input; a `Sum` where that input was
+            added up; None where it comes from the user or from another function.
+        input_shape: The shape of the first tensor handed over, or None.
+    """
+
+    name: str
+    module: nn.Module
+    source: Call | Sum | None
+    input_shape: torch.Size | None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """An addition of tensors, as closes a residual branch; ``terms`` are the known sources."""
+
+    terms: tuple[Call | Sum | None, ...]
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """A ReLU called as a function rather than as a module: ``owner`` is the module that did it."""
+
+    owner: str
+    source: Call | Sum | None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one pass showed: every call of every module, in the order of their ends."""
+
+    calls: tuple[Call, ...]
+    functional_relus: tuple[FunctionCall, ...]
+
+    def of(self, module: nn.Module) -> list[Call]:
+        """Return the calls of a module; a module used twice has two."""
+        return [call for call in self.calls if call.module is module]
+
+    def followers(self, module: nn.Module) -> list[Call]:
+        """Return the calls that took what ``module`` returned as it is."""
+        return [
+            call
+            for call in self.calls
+            if isinstance(call.source, Call) and call.source.module is module
+        ]
+
+    def predecessor(self, module: nn.Module) -> nn.Module | None:
+        """Return the one module whose output every call of ``module`` takes, if there is one."""
+        sources = {
+            id(call.source.module): call.source.module
+            for call in self.of(module)
+            if isinstance(call.source, Call)
+        }
+        alone = len(sources) == 1 and all(isinstance(c.source, Call) for c in self.of(module))
+        return next(iter(sources.values())) if alone else None
+
+
+def trace_flow(model: nn.Module, *inputs: Any) -> Flow:
+    """Run ``model`` once and return which module's output went into which.
+
+    The pass runs in evaluation mode without gradients; hooks and modes are restored, also when
+    the model raises.
+
+    Args:
+        model: Any module.
+        inputs: What the model's forward takes; two samples are enough.
+
+    Returns:
+        The calls in order.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
+        >>> flow = trace_flow(model, torch.zeros(2, 4))
+        >>> [type(call.module).__name__ for call in flow.followers(model[1])]
+        ['ReLU']
+    """
+    recorder = _Recorder(model)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(recorder.hooked())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(recorder)
+        model(*inputs)
+    return Flow(tuple(recorder.calls), tuple(recorder.functional_relus))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each one back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.functional_relus: list[FunctionCall] = []
+        self._model = model
+        self._sources: dict[int, Call | Sum] = {}
+        # Tensors are told apart by their address, so none may be freed during the pass.
+        self._alive: list[Any] = []
+        self._inside: list[tuple[str, nn.Module, Call | Sum | None, torch.Size | None]] = []
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = []
+        try:
+            for name, module in self._model.named_modules():
+                handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
+                handles.append(module.register_forward_hook(self._leave))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        first = next((value for value in inputs if isinstance(value, Tensor)), None)
+        source = None if first is None else self._sources.get(id(first))
+        self._inside.append((name, module, source, None if first is None else first.shape))
+
+    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        name, module, source, shape = self._inside.pop()
+        call = Call(name, module, source, shape)
+        self.calls.append(call)
+        if isinstance(output, Tensor):
+            self._alive.append((inputs, output))
+            made_here = self._sources.get(id(output))
+            # A container returns what its last child or its last sum made: that is the maker. A
+            # module that works in place returns what it was given, and did make it anew.
+            container = any(True for _ in module.children())
+            if made_here is None or made_here is source or not container:
+                self._sources[id(output)] = call
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ADDITIONS and isinstance(result, Tensor):
+            terms = tuple(self._sources.get(id(t)) for t in args if isinstance(t, Tensor))
+            self._alive.append((args, result))
+            self._sources[id(result)] = Sum(terms)
+        elif func in _RELUS and self._inside and not isinstance(self._inside[-1][1], nn.ReLU):
+            source = self._sources.get(id(args[0]))
+            self.functional_relus.append(FunctionCall(self._inside[-1][0], source))
+        return result

@@ -1,0 +1,1 @@
+"""Re-parametrisations of weights: one method, one file."""
