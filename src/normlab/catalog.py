@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from normlab.inits import fixup
 from normlab.method import Method, compose
-from normlab.norms import filter_response_norm
+from normlab.norms import (
+    batch_norm,
+    filter_response_norm,
+    group_norm,
+    ic_layer,
+    instance_norm,
+    layer_norm,
+    none,
+)
+from normlab.optim import weight_rescaling
+from normlab.regularizers import dropout
 
-METHODS: tuple[Method, ...] = (filter_response_norm.METHOD,)
+METHODS: tuple[Method, ...] = (
+    batch_norm.METHOD,
+    none.METHOD,
+    layer_norm.METHOD,
+    group_norm.METHOD,
+    instance_norm.METHOD,
+    ic_layer.METHOD,
+    filter_response_norm.METHOD,
+    fixup.METHOD,
+    weight_rescaling.METHOD,
+    dropout.METHOD,
+)
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 
 

@@ -189,8 +189,11 @@ class Method:
 
     def defaults(self) -> dict[str, Any]:
         """Return each option with its default, read from the signatures of the parts."""
+        return {name: option.default for name, option in self._declared().items()}
+
+    def _declared(self) -> dict[str, inspect.Parameter]:
         return {
-            name: parameter.default
+            name: parameter
             for part in _PARTS
             for name, parameter in inspect.signature(getattr(self, part)).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
@@ -209,7 +212,8 @@ class Method:
         Raises:
             ValueError: An unknown option (the nearest is named) or a value of another type.
         """
-        defaults = self.defaults()
+        declared = self._declared()
+        defaults = {name: option.default for name, option in declared.items()}
         for name in options:
             if name not in defaults:
                 known = ", ".join(sorted(defaults)) or "none"
@@ -218,7 +222,7 @@ class Method:
                     f"({known}), got {name!r}; {_nearest(name, defaults)}"
                 )
         values = {
-            name: _read_value(self.card.name, name, value, defaults[name])
+            name: _read_value(self.card.name, name, value, declared[name])
             for name, value in options.items()
         }
         bound = {}
@@ -345,8 +349,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"do you mean {near[0]!r}?" if near else "do leave it out"
 
 
-def _read_value(method: str, name: str, value: Any, default: Any) -> Any:
-    """Return ``value`` in the type of ``default``; text comes from a command line."""
+def _read_value(method: str, name: str, value: Any, option: inspect.Parameter) -> Any:
+    """Return ``value`` in the type of the option's default; text comes from a command line."""
+    default = option.default
+    # A word that the annotation spells out, such as Literal["init"], stands for itself.
+    if isinstance(value, str) and repr(value) in str(option.annotation):
+        return value
     wanted: type | None = None if default is None else type(default)
     if isinstance(value, str) and wanted is not str:
         text = value.lower()

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import nn as distributed
 
 
 class Moments(NamedTuple):
@@ -80,9 +79,26 @@ def batch_moments(x: Tensor, group: Any = None) -> Moments:
     exact = x.double()
     count = exact.new_full((1,), x.numel() // x.shape[1])
     sums = torch.cat([exact.sum(axes), exact.square().sum(axes), count])
-    sums = distributed.functional.all_reduce(sums, group=group)
+    sums = _SumOverProcesses.apply(sums, group)
     total, squares, count = sums.split([x.shape[1], x.shape[1], 1])
     mean = total / count
     variance = (squares / count - mean.square()).clamp_min(0)
     kind = wide(x).dtype
     return Moments(mean.to(kind), variance.to(kind), count.detach())
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over processes; each one's gradient is the sum of all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None

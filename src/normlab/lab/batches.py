@@ -1,9 +1,10 @@
 """The data path for sets in memory: batches on the device, the same for every method.
 
-Which samples a batch holds, and how each is cropped and flipped, is a pure function of (seed, epoch,
-step). So every method at a given seed sees the same data, continuing an interrupted run needs no saved
-state, and several processes see exactly the shards of one process's batches: order and augmentation are
-drawn for the whole batch, on the CPU whatever the device, and each process takes its contiguous part.
+Which samples a batch holds, and how each is cropped and flipped, is a pure function of (seed,
+epoch, step). So every method at a given seed sees the same data, continuing an interrupted run
+needs no saved state, and several processes see exactly the shards of one process's batches: order
+and augmentation are drawn for the whole batch, on the CPU whatever the device, and each process
+takes its contiguous part.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ class Batches:
         std: Standard deviation of each channel, in the same units.
         batch_size: Samples in a batch, over all processes.
         seed: Decides order and augmentation.
-        augmentation: ``none``; ``flip``, left to right with probability one half; ``crop-flip``, also
-            shifted by up to an eighth of the size (4 of 32 pixels), with zeros moving in.
+        augmentation: ``none``; ``flip``, left to right with probability one half; ``crop-flip``,
+            also shifted by up to an eighth of the size (4 of 32 pixels), with zeros moving in.
         device: Where batches are made.
         rank: This process's number, 0 to ``world_size - 1``.
         world_size: Number of processes, a divisor of the batch size.
 
     Raises:
-        ValueError: An unknown augmentation, one that the inputs cannot have, or a batch that does not
-            divide by the number of processes.
+        ValueError: An unknown augmentation, one that the inputs cannot have, or a batch that does
+            not divide by the number of processes.
 
     Example:
         >>> split = Split(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
@@ -78,8 +79,8 @@ class Batches:
         if self.batch_size % world_size != 0:
             raise ValueError(
                 f"Batches(batch_size={batch_size}): expected a batch that divides by the "
-                f"{world_size} processes, got {self.batch_size} of {len(split)} samples; change the "
-                f"batch size or the number of processes"
+                f"{world_size} processes, got {self.batch_size} of {len(split)} samples; change "
+                f"the batch size or the number of processes"
             )
         self.seed = seed
         self.augmentation = augmentation
@@ -156,8 +157,9 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield every sample once, in order and without augmentation, normalised.
 
-    Several processes each take a contiguous part of every batch. Where the last batch has fewer samples
-    than there are processes, some of them get one batch fewer: sum over processes after the loop.
+    Several processes each take a contiguous part of every batch. Where the last batch has fewer
+    samples than there are processes, some of them get one batch fewer: sum over processes after the
+    loop.
 
     Args:
         split: The samples.
@@ -193,7 +195,7 @@ def evaluation_batches(
 def padding_of(images: Tensor) -> tuple[int, int]:
     """Return how many pixels a crop may shift (vertically, horizontally): an eighth of the size."""
     height, width = images.shape[-2:]
-    return max(1, round(height / 8)), max(1, round(width / 8))
+    return max(1, (height + 4) // 8), max(1, (width + 4) // 8)
 
 
 def crop(images: Tensor, tops: Tensor, lefts: Tensor, padding: tuple[int, int]) -> Tensor:

@@ -11,6 +11,7 @@
       trials/<method>/<seed>/
         metrics.jsonl       one JSON object a line, only ever appended
         state/step-.../     the last checkpoint, gone once the trial has a result
+        weights.safetensors the weights at the end of training
         result.json         written last and atomically: it is what "finished" means
       tuning/<method>/<number>/   the same, for the trials of the search
 
@@ -29,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 from urllib.parse import quote, unquote
 
 STUDY = "study.toml"
@@ -41,7 +42,26 @@ FINISHED, DIVERGED, OUT_OF_MEMORY, FAILED = "finished", "diverged", "out-of-memo
 
 
 class RecordError(ValueError):
-    """A run folder that cannot be read or written, with what to do about it."""
+    """A run folder that cannot be used, with what to do about it."""
+
+
+class DiskError(OSError):
+    """Something that could not be written; what was recorded before is kept."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write within the block into a `DiskError` that says what to do."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        raise DiskError(
+            f"compare({path}): expected to write this file, got: {error.strerror or error}; "
+            "do free space or mend the folder, then run the same command again: "
+            "it goes on from what is recorded"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -121,6 +141,11 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return a trial's result, None while it is unfinished."""
+    return _read_json(folder / "result.json", None)
+
+
 def read_trial(folder: Path) -> TrialRecord:
     """Read one trial's folder (see `trial_folder`)."""
     return TrialRecord(
@@ -138,17 +163,23 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text so that a reader sees the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes so that a reader sees the old content or the new, never a part of it."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -160,8 +191,10 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         RecordError: Another process holds the folder; its process id is named.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+", encoding="utf-8") as file:
+    with writing(folder / "lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a+", encoding="utf-8")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -171,18 +204,19 @@ def hold(folder: Path) -> Iterator[None]:
                 f"compare(out={folder}): expected a folder that no process writes to, got one in "
                 f"use by process {holder}; do wait for it, stop it, or choose another --out"
             ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+        with writing(folder / "lock"):
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 
 class MetricsWriter:
     """Appends to one trial's ``metrics.jsonl`` and knows how long the file is.
 
-    Lines are kept back until `flush`, which the loop calls at every checkpoint and now and then
-    in between, so that recording costs nothing that can be measured.
+    Lines are kept back until `flush`, which the loop calls at every checkpoint and evaluation, so
+    that recording costs nothing that can be measured. Leaving the context flushes and closes.
 
     Args:
         folder: The trial's folder (see `trial_folder`).
@@ -191,10 +225,12 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, offset: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
         self._pending: list[str] = []
-        self._file: IO[bytes] = (folder / "metrics.jsonl").open("ab")
-        self._file.truncate(offset)
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = self._path.open("ab")
+            self._file.truncate(offset)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add one line."""
@@ -202,18 +238,33 @@ class MetricsWriter:
 
     def flush(self) -> int:
         """Hand all lines to the operating system; returns the file's length in bytes."""
-        if self._pending:
-            self._file.write(("\n".join(self._pending) + "\n").encode())
-            self._file.flush()
-            self._pending.clear()
-        return self._file.tell()
+        with writing(self._path):
+            if self._pending:
+                self._file.write(("\n".join(self._pending) + "\n").encode())
+                self._file.flush()
+                self._pending.clear()
+            return self._file.tell()
 
-    def close(self) -> None:
-        """Flush and close."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         try:
             self.flush()
         finally:
-            self._file.close()
+            with writing(self._path):
+                self._file.close()
+
+
+class NoMetrics:
+    """Takes lines and keeps none: for every process but the first."""
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Drop the line."""
+
+    def flush(self) -> int:
+        """Return 0, the length of nothing."""
+        return 0
 
 
 def finish_trial(folder: Path, result: dict[str, Any]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from normlab.method import Method, Setting
+from normlab.surgery.swap import BATCH_NORMS, modules_of
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ def evaluation_is_deterministic(case: MethodCase) -> None:
 
 
 def batch_of_one_is_as_promised(case: MethodCase) -> None:
-    """One sample trains, or is refused, as the card says."""
+    """One sample trains, or is refused, as the card says; a BatchNorm that stays may refuse."""
     model = case.prepared().train()
+    promised = case.method.card.batch_of_one == "trains" and not modules_of(model, BATCH_NORMS)
     try:
         model(case.inputs[:1]).sum().backward()
     except ValueError:
-        assert case.method.card.batch_of_one != "trains", "refuses one sample against its card"
+        assert not promised, "refuses one sample against its card"
     else:
         assert case.method.card.batch_of_one != "refuses", "takes one sample against its card"
 

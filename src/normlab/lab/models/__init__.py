@@ -1,7 +1,7 @@
 """Networks to compare methods on: one network a file, or a function in a file of the user's own.
 
-Every network has its norms before the activations, no bias in front of a norm, and each activation as a
-module of its own, so that methods find what they replace.
+Every network has its norms before the activations, no bias in front of a norm, and each activation
+as a module of its own, so that methods find what they replace.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def build_model(
 ) -> nn.Module:
     """Build a network by its name, or by ``path/to/file.py:function``.
 
-    A user's function is given those of ``input_shape``, ``num_classes`` and the options that it names.
+    A user's function is given those of ``input_shape``, ``num_classes`` and the options that it
+    names.
 
     Args:
         name: ``mlp``, ``plain-conv``, ``resnet``, or a file and the function (or class) in it.
@@ -80,7 +81,7 @@ def build_model(
     if ".py:" in name:
         return _build_own(name, input_shape, num_classes, options)
     build = _entry(name).build
-    allowed = [p for p in inspect.signature(build).parameters][2:]
+    allowed = list(inspect.signature(build).parameters)[2:]
     _check_options(name, options, allowed)
     for option, value in options.items():
         expected = type(inspect.signature(build).parameters[option].default)

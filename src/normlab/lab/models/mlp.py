@@ -1,7 +1,7 @@
 """The multi-layer perceptron: linear layers with a norm before each activation, in one sequence.
 
-``Flatten, (Linear, BatchNorm1d, activation) * (depth - 1), Linear``: every layer is a module of its own, so that a
-method can walk the sequence and replace what it needs.
+``Flatten, (Linear, BatchNorm1d, activation) * (depth - 1), Linear``: every layer is a module of its
+own, so that a method can walk the sequence and replace what it needs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from math import prod
 
 from torch import nn
 
-from normlab.lab.models.initialise import initialise_
-
-ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+from normlab.lab.models.initialise import ACTIVATIONS, Activation, initialise_
 
 
 def build(
@@ -21,7 +19,7 @@ def build(
     num_classes: int,
     depth: int = 4,
     width: int = 256,
-    activation: str = "relu",
+    activation: Activation = "relu",
 ) -> nn.Sequential:
     """Build a multi-layer perceptron.
 

@@ -1,8 +1,8 @@
 """The plain convolutional network: no shortcuts, any depth, in one sequence.
 
-Up to three stages of ``Conv2d 3x3, BatchNorm2d, activation``, each with twice the width of the one before and half
-its size, then global average pooling and one linear layer. Without shortcuts, depth alone makes it hard to
-train, which is what it is for.
+Up to three stages of ``Conv2d 3x3, BatchNorm2d, activation``, each with twice the width of the one
+before and half its size, then global average pooling and one linear layer. Without shortcuts, depth
+alone makes it hard to train, which is what it is for.
 
 Source: after K. Simonyan, A. Zisserman, Very Deep Convolutional Networks, 2014, arXiv:1409.1556.
 
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from normlab.lab.models.initialise import initialise_
+from normlab.lab.models.initialise import ACTIVATIONS, Activation, initialise_
 
-ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 STAGES = 3
 SMALLEST_POOLED = 4
 
@@ -25,14 +24,15 @@ def build(
     num_classes: int,
     depth: int = 8,
     width: int = 32,
-    activation: str = "relu",
+    activation: Activation = "relu",
 ) -> nn.Sequential:
     """Build a plain convolutional network.
 
     Args:
         input_shape: ``(C, H, W)``. Max pooling between stages stops when a side is below 4 pixels.
         num_classes: Number of logits.
-        depth: Weight layers, the readout included; at least 2. Later stages get what does not divide.
+        depth: Weight layers, the readout included; at least 2. Later stages get what does not
+            divide.
         width: Channels of the first stage.
         activation: ``relu``, ``sigmoid`` or ``tanh``.
 

@@ -1,14 +1,16 @@
 """The residual network for small images, any depth and width.
 
-A 3x3 convolution, three stages of n residual blocks with 1, 2 and 4 times the width, halving the size
-between stages, global average pooling and one linear layer. A basic block has two 3x3 convolutions, so the
-depth is 6n + 2; a bottleneck has 1x1, 3x3, 1x1 with four times the channels out, so it is 9n + 2.
+A 3x3 convolution, three stages of n residual blocks with 1, 2 and 4 times the width, halving the
+size between stages, global average pooling and one linear layer. A basic block has two 3x3
+convolutions, so the depth is 6n + 2; a bottleneck has 1x1, 3x3, 1x1 with four times the channels
+out, so it is 9n + 2.
 
-Source: K. He, X. Zhang, S. Ren, J. Sun, Deep Residual Learning for Image Recognition, 2015, arXiv:1512.03385,
-section 4.2. ResNet-20, 32, 44, 56 and 110 have 0.27, 0.46, 0.66, 0.85 and 1.7 million parameters.
+Source: K. He, X. Zhang, S. Ren, J. Sun, Deep Residual Learning for Image Recognition, 2015,
+arXiv:1512.03385, section 4.2. ResNet-20, 32, 44, 56 and 110 have 0.27, 0.46, 0.66, 0.85 and 1.7
+million parameters.
 
-Departs: the bottleneck, which the paper uses for ImageNet only, halves the size in its 3x3 convolution
-instead of the first 1x1, as most public code does, so that no pixel is skipped.
+Departs: the bottleneck, which the paper uses for ImageNet only, halves the size in its 3x3
+convolution instead of the first 1x1, as most public code does, so that no pixel is skipped.
 """
 
 from __future__ import annotations

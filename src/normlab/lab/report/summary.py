@@ -219,8 +219,8 @@ def _summarise_method(
     ended = [by_seed[seed] for seed in results]
     steps = [_accuracies(record, "step") for record in ended]
     seconds = [_accuracies(record, "seconds") for record in ended]
+    # Without any accuracy there is nothing that a target could be held against.
     measured = any(value is not None for curve in steps for _, value in curve)
-    # Without any evaluation there is nothing a target could be held against
     parameters = [result.get("num_parameters") for result in results.values()]
     rates = {result.get("lr") for result in results.values()}
     notes = [str(note) for result in results.values() for note in result.get("notes") or []]
@@ -236,7 +236,9 @@ def _summarise_method(
         samples_per_second=_estimate(finished or results, "samples_per_second"),
         peak_memory=_estimate(finished or results, "peak_memory_bytes"),
         num_parameters=next((count for count in parameters if count is not None), None),
-        learning_rates=sorted(rate for rate in rates if _is_number(rate)),
+        learning_rates=sorted(
+            float(rate) for rate in rates if rate is not None and _is_number(rate)
+        ),
         steps_to=[steps_to_target(steps, target) for target in targets] if measured else [],
         seconds_to=[steps_to_target(seconds, target) for target in targets] if measured else [],
         notes=list(dict.fromkeys(notes)),

@@ -40,12 +40,17 @@ def number(value: float | None) -> str:
     return _number(value, min(digits, 6)) if abs(value) >= 1e-4 else _sign(f"{value:.1e}")
 
 
-def duration(seconds: float | None) -> str:
+def width(value: float) -> str:
+    """Return half the width of an interval, with two digits: ``0.016``."""
+    return number(value) if value >= 10 else f"{value:.2g}"
+
+
+def duration(seconds: float | None, digits: int = 3) -> str:
     """Return a time: ``3.1 s``, ``12 min 5 s``, ``2 h 10 min``."""
     if seconds is None:
         return NOTHING
     if seconds < 99.5:
-        return f"{number(seconds)}{_THIN}s"
+        return f"{number(seconds) if digits > 2 else width(seconds)}{_THIN}s"
     whole = round(seconds)
     if whole < 6000:
         return f"{whole // 60}{_THIN}min {whole % 60}{_THIN}s"

@@ -1,8 +1,8 @@
 """Handwritten digits of 8x8 pixels, bundled with scikit-learn: real data without a download.
 
-Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part of
-1797 images, which is what scikit-learn carries). There is no official division; ours is stratified and
-fixed, 1347 to train and 450 to test.
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test
+part of 1797 images, which is what scikit-learn carries). There is no official division; ours is
+stratified and fixed, 1347 to train and 450 to test.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def load() -> Task:
             f"{type(error).__name__}: {error}; install the extra normlab[lab]"
         ) from error
 
-    bunch = load_digits()
-    inputs = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
-    targets = torch.from_numpy(bunch.target).to(torch.int64)
+    pixels, classes = load_digits(return_X_y=True)
+    inputs = torch.as_tensor(pixels).to(torch.uint8).reshape(-1, 1, 8, 8)
+    targets = torch.as_tensor(classes).to(torch.int64)
     train, test = split_off(Split(inputs, targets), TEST_SIZE / len(targets), seed=0)
     mean, std = channel_statistics(train.inputs)
     return Task(

@@ -1,8 +1,8 @@
 """A task: a training and a test set in memory, the loss and the metric.
 
-Inputs stay as they were stored, bytes for images, so that a data set takes a quarter of the memory and
-only the batch at hand becomes float. Which samples are kept or held out is a pure function of the
-arguments: every method of a study is trained, tuned and tested on the same ones.
+Inputs stay as they were stored, bytes for images, so that a data set takes a quarter of the memory
+and only the batch at hand becomes float. Which samples are kept or held out is a pure function of
+the arguments: every method of a study is trained, tuned and tested on the same ones.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ class Task:
         train, test = self.train.inputs, self.test.inputs
         if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
             raise ValueError(
-                f"Task({self.name!r}): expected training and test inputs of one shape and dtype, got "
-                f"{train.dtype} {tuple(train.shape[1:])} and {test.dtype} {tuple(test.shape[1:])}; "
-                f"convert one of them"
+                f"Task({self.name!r}): expected training and test inputs of one shape and dtype, "
+                f"got {train.dtype} {tuple(train.shape[1:])} and {test.dtype} "
+                f"{tuple(test.shape[1:])}; convert one of them"
             )
         for which, split in (("training", self.train), ("test", self.test)):
             low, high = int(split.targets.min()), int(split.targets.max())
@@ -117,8 +117,9 @@ class Task:
                 )
         if not len(self.mean) == len(self.std) == train.shape[1] or min(self.std) <= 0:
             raise ValueError(
-                f"Task({self.name!r}): expected {train.shape[1]} means and as many positive standard "
-                f"deviations, got {len(self.mean)} and {len(self.std)}; use channel_statistics"
+                f"Task({self.name!r}): expected {train.shape[1]} means and as many positive "
+                f"standard deviations, got {len(self.mean)} and {len(self.std)}; use "
+                "channel_statistics"
             )
         if self.augmentation not in AUGMENTATIONS:
             raise ValueError(

@@ -1,0 +1,1 @@
+"""The workbench (extra ``lab``): train one network under many methods, compare, reproduce."""

@@ -1,0 +1,46 @@
+"""Claims of papers, one a file, each put to the test with thresholds fixed beforehand."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from normlab.lab.claims import (
+    batch_norm,
+    filter_response_norm,
+    fixup,
+    ic_layer,
+    weight_rescaling,
+)
+from normlab.lab.claims.claim import Claim
+
+CLAIMS: tuple[Claim, ...] = (
+    batch_norm.CLAIM,
+    ic_layer.CLAIM,
+    fixup.CLAIM,
+    filter_response_norm.CLAIM,
+    weight_rescaling.CLAIM,
+)
+"""Every claim, once."""
+
+
+def find_claim(name: str) -> Claim:
+    """Return the claim of that name.
+
+    Args:
+        name: The name of a claim, which is that of the method it is about.
+
+    Raises:
+        ValueError: An unknown name; the nearest is named.
+
+    Example:
+        >>> find_claim("fixup").paper
+        'H. Zhang, Y. N. Dauphin, T. Ma, Fixup Initialization: ... 2019, arXiv 1901.09321'
+    """
+    claims = {claim.name: claim for claim in CLAIMS}
+    if name not in claims:
+        near = get_close_matches(name, claims, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"reproduce({name!r}): expected one of {', '.join(claims)}, got {name!r}; "
+            f"do you mean {near!r}?"
+        )
+    return claims[name]

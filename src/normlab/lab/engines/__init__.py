@@ -1,0 +1,1 @@
+"""Where trials run; an engine knows trials, not what is inside one."""

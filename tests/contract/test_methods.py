@@ -1,0 +1,109 @@
+"""Every method of the catalogue on every model of the workbench: it fits, or refuses by reason."""
+
+import pytest
+import torch
+
+from normlab.catalog import METHODS, find_method
+from normlab.lab.models import build_model
+from normlab.method import Unsuitable
+from normlab.testing import METHOD_CHECKS, MethodCase
+
+# Model options and input shape; small, because every check runs for every pair.
+MODELS = {
+    "mlp": ({"depth": 4, "width": 16}, (1, 6, 6)),
+    "plain-conv": ({"depth": 5, "width": 8}, (2, 8, 8)),
+    "resnet": ({"depth": 8, "width": 8}, (2, 8, 8)),
+    "resnet projection": ({"depth": 8, "width": 8, "shortcut": "projection"}, (2, 8, 8)),
+    "resnet bottleneck": ({"depth": 11, "width": 8, "block": "bottleneck"}, (2, 8, 8)),
+}
+
+# Pairs that a method refuses, with a word of its reason.
+REFUSED = {
+    ("instance-norm", "mlp"): "one position",
+    ("fixup", "mlp"): "residual",
+    ("fixup", "plain-conv"): "residual",
+}
+
+LABELS = [
+    *(method.card.name for method in METHODS),
+    "ic-layer:stacking=ic-conv-relu",
+    "ic-layer:stacking=conv-relu-ic",
+    "weight-rescaling:target_norm=init",
+    "fixup+dropout",
+    "group-norm+dropout",
+]
+
+
+def case(label: str, model: str) -> MethodCase:
+    options, shape = MODELS[model]
+    generator = torch.Generator().manual_seed(0)
+    return MethodCase(
+        method=find_method(label),
+        make_model=lambda: build_model(model.split()[0], shape, 4, **options),
+        inputs=torch.randn(12, *shape, generator=generator),
+        targets=torch.arange(12) % 4,
+        num_classes=4,
+        lr=0.02,
+    )
+
+
+PAIRS = [(label, model) for label in LABELS for model in MODELS]
+
+
+@pytest.mark.parametrize(
+    ("label", "model"), [pair for pair in PAIRS if (pair[0].partition("+")[0], pair[1]) not in REFUSED]
+)
+def test_contract(label, model):
+    for check in METHOD_CHECKS:
+        check(case(label, model))
+
+
+@pytest.mark.parametrize(("label", "model"), REFUSED)
+def test_misfits_are_refused_with_the_reason(label, model):
+    with pytest.raises(Unsuitable, match=REFUSED[label, model]):
+        case(label, model).prepared()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.card.name)
+def test_cards_are_complete(method):
+    card = method.card
+    assert card.summary.endswith(".")
+    assert card.source is None or (card.source.year > 1980 and card.source.title)
+    assert card.best_for
+    assert card.name == card.name.lower()
+
+
+def test_names_are_unique():
+    names = [method.card.name for method in METHODS]
+    assert len(set(names)) == len(names)
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(ValueError, match="do you mean 'fixup'"):
+        find_method("fixupp")
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(ValueError, match="do you mean 'drop_prob'"):
+        find_method("ic-layer:drop_pob=0.1")
+
+
+def test_option_of_another_type():
+    with pytest.raises(ValueError, match="like the default 0.05"):
+        find_method("ic-layer:drop_prob=much")
+
+
+def test_option_without_a_value():
+    with pytest.raises(ValueError, match="name=value"):
+        find_method("ic-layer:drop_prob")
+
+
+def test_labels_are_canonical():
+    assert find_method("ic-layer:drop_prob=0.05").label == "ic-layer"
+    assert find_method("dropout:p=0.2").label == find_method("dropout: p=.2").label
+    assert find_method("weight-rescaling:target_norm=init").label.endswith("target_norm=init")
+
+
+def test_a_method_stands_once_in_a_composition():
+    with pytest.raises(ValueError, match="one of them twice"):
+        find_method("fixup+fixup")
