@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from common import environment, summary, write
 from rich.console import Console
 from torch import nn
 
+from common import environment, summary, write
 from normlab.catalog import find_method
 from normlab.lab import records
 from normlab.lab.batches import Batches

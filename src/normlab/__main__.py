@@ -12,7 +12,7 @@ def main() -> None:
             raise
         sys.stderr.write(
             f"normlab: expected the workbench to be installed, got no {error.name}; "
-            "do run: pip install 'normlab[lab]'\n"
+            "run: pip install 'normlab[lab]'\n"
         )
         sys.exit(2)
     run()

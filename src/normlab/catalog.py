@@ -67,7 +67,7 @@ def _find_one(text: str) -> Method:
         if not equals:
             raise ValueError(
                 f"method({text!r}): expected options as name=value, got {option!r}; "
-                f"do write {name}:{key}=VALUE"
+                f"write {name}:{key}=VALUE"
             )
         options[key.strip()] = value.strip()
     return methods[name].with_options(**options)

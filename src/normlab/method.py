@@ -257,7 +257,7 @@ def compose(methods: Iterable[Method]) -> Method:
     if not parts or len(set(names)) < len(names):
         raise ValueError(
             f"compose({'+'.join(names)}): expected different methods, got "
-            f"{'none' if not parts else 'one of them twice'}; do name each once"
+            f"{'none' if not parts else 'one of them twice'}; name each once"
         )
     if len(parts) == 1:
         return parts[0]
@@ -374,7 +374,7 @@ def _read_value(method: str, name: str, value: Any, option: inspect.Parameter) -
     if wanted is not None and not isinstance(value, wanted):
         raise ValueError(
             f"{method}({name}={value!r}): expected a value like the default {default!r}, got "
-            f"{type(value).__name__}; do give {_article(wanted.__name__)}"
+            f"{type(value).__name__}; give {_article(wanted.__name__)}"
         )
     return value
 

@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Per-channel moments: ``mean`` and biased ``variance`` of shape ``(C,)``, values per channel.
+    """Per-channel moments: ``mean`` and biased ``variance`` of shape ``(C,)``.
 
-    ``count`` is a number, or a tensor where it was summed over processes.
+    ``num_values`` is how many values a channel has: a number, or a tensor where it was summed over
+    processes.
     """
 
     mean: Tensor
     variance: Tensor
-    count: int | Tensor
+    num_values: int | Tensor
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -45,17 +46,17 @@ def check_channels(operation: str, x: Tensor, num_features: int) -> None:
     """
     if not torch.is_floating_point(x):
         raise ValueError(
-            f"{operation}(input): expected floating point, got {x.dtype}; do convert the input"
+            f"{operation}(input): expected floating point, got {x.dtype}; convert the input"
         )
     if x.dim() < 2 or x.shape[1] != num_features:
         raise ValueError(
             f"{operation}(input): expected shape (N, {num_features}, *), got {tuple(x.shape)}; "
-            "do set num_features to the number of channels"
+            "set num_features to the number of channels"
         )
     if x.numel() == 0:
         raise ValueError(
             f"{operation}(input): expected at least one value, got shape {tuple(x.shape)}; "
-            "do leave empty batches out"
+            "leave empty batches out"
         )
 
 

@@ -121,7 +121,7 @@ def test_evaluation_is_batch_norm_exactly():
 
 @pytest.mark.parametrize("drop_prob", [-0.1, 1.0, math.nan])
 def test_drop_prob_out_of_range(drop_prob):
-    with pytest.raises(ValueError, match=r"expected at least 0 and below 1, got .*; do use 0\.05"):
+    with pytest.raises(ValueError, match=r"expected at least 0 and below 1, got .*; use 0\.05"):
         IndependentComponent(4, drop_prob)
     with pytest.raises(ValueError, match=r"ic-layer\(drop_prob"):
         prepared("mlp", drop_prob=drop_prob)

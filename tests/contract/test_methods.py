@@ -51,7 +51,8 @@ PAIRS = [(label, model) for label in LABELS for model in MODELS]
 
 
 @pytest.mark.parametrize(
-    ("label", "model"), [pair for pair in PAIRS if (pair[0].partition("+")[0], pair[1]) not in REFUSED]
+    ("label", "model"),
+    [pair for pair in PAIRS if (pair[0].partition("+")[0], pair[1]) not in REFUSED],
 )
 def test_contract(label, model):
     for check in METHOD_CHECKS:
@@ -89,7 +90,7 @@ def test_unknown_option_names_the_nearest():
 
 
 def test_option_of_another_type():
-    with pytest.raises(ValueError, match="like the default 0.05"):
+    with pytest.raises(ValueError, match=r"like the default 0\.05"):
         find_method("ic-layer:drop_prob=much")
 
 

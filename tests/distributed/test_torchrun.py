@@ -13,7 +13,9 @@ import torch
 # Dropout draws other noise on each process, so methods with noise agree in distribution only.
 METHODS = ["batch-norm", "none", "filter-response-norm", "group-norm", "fixup", "weight-rescaling"]
 ARGUMENTS = [
-    *("-m normlab compare --task digits --train-size 320 --model resnet --depth 8 --width 4".split()),
+    *(
+        "-m normlab compare --task digits --train-size 320 --model resnet --depth 8 --width 4".split()
+    ),
     *("--epochs 2 --batch-size 32 --lr 0.05 --seeds 1 --device cpu --methods".split()),
     *METHODS,
 ]
@@ -37,8 +39,8 @@ def run(launcher: list[str], out: Path) -> str:
 def folders(tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     run([sys.executable], one)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    output = run([*torchrun, "--master-port", "0"], two)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output = run([sys.executable, *torchrun], two)
     # The second process stays silent.
     assert output.count("page:") == 1
     return one, two

@@ -17,7 +17,7 @@ ALLOWED = {
     "moments": (),
     "kernels": ("method", "moments"),
     "surgery": ("method", "moments"),
-    **{room: GROUND for room in ROOMS},
+    **dict.fromkeys(ROOMS, GROUND),
     "quantized": (*GROUND, *ROOMS),
     "growth": (*GROUND, *ROOMS),
     "instruments": ("surgery",),
@@ -102,7 +102,9 @@ def test_rooms(path):
             continue
         assert room in ALLOWED, f"{name} lies in a room without a rule"
         allowed = imported.startswith("__version__") or any(
-            imported == other or imported.startswith(f"{other}.") for other in ALLOWED[room] if other
+            imported == other or imported.startswith(f"{other}.")
+            for other in ALLOWED[room]
+            if other
         )
         assert allowed, f"{name} may not import {imported}"
 

@@ -40,7 +40,9 @@ def test_unknown_name_suggests_the_nearest():
 
 
 def test_importing_loads_neither_torch_nor_methods():
-    code = "import sys, normlab; print([m for m in sys.modules if m.startswith(('torch', 'normlab.'))])"
+    code = (
+        "import sys, normlab;print([m for m in sys.modules if m.startswith(('torch', 'normlab.'))])"
+    )
     assert run(code) == "[]"
 
 

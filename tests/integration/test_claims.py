@@ -197,6 +197,8 @@ def test_fixup_ten_thousand_layers_goes_both_ways():
         run = made_up({("fixup", 0): accuracy}, seeds=[0], test_samples=4500)
         found = fixup.measure_ten_thousand({"one-epoch": run})
         assert verdicts(found) == expected
+    two = made_up({("fixup", 0): 0.4, ("fixup", 1): 0.05}, seeds=[0, 1], test_samples=4500)
+    assert fixup.measure_ten_thousand({"one-epoch": two})[1].verdict == FAILS
     run = made_up({}, seeds=[0])
     assert verdicts(fixup.measure_ten_thousand({"one-epoch": run})) == [UNDECIDED] * 2
 

@@ -78,9 +78,7 @@ def test_methods_may_be_added(finished):
 def test_a_folder_of_another_study_is_refused(finished):
     folder, _ = finished
     again = [*SMALL, "--epochs", "3", "--methods", "batch-norm", "none", "dropout"]
-    refused(
-        run("compare", *again, "--out", folder), "epochs: 2, not 3", "choose another --out"
-    )
+    refused(run("compare", *again, "--out", folder), "epochs: 2, not 3", "choose another --out")
 
 
 def test_report_is_written_anew(finished):
@@ -255,9 +253,7 @@ def test_one_failing_trial_does_not_stop_the_others(tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(trial, "build_model", fails_at_times)
-    result = run(
-        "compare", *SMALL, "--seeds", "3", "--methods", "none", "--out", tmp_path / "run"
-    )
+    result = run("compare", *SMALL, "--seeds", "3", "--methods", "none", "--out", tmp_path / "run")
     assert result.exit_code == 1
     status = {t.seed: t.result["status"] for t in records.read_run(tmp_path / "run").trials}
     assert status == {0: "finished", 1: "failed", 2: "finished"}

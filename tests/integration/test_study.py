@@ -74,7 +74,7 @@ def test_a_mistake_is_told_with_path_and_line(tmp_path, old, new, line, message)
 
 
 def test_broken_toml_and_missing_files(tmp_path):
-    with pytest.raises(ValueError, match="expected TOML, got a mistake.*line 2"):
+    with pytest.raises(ValueError, match=r"expected TOML, got a mistake.*line 2"):
         read_study(written(tmp_path, "a = 1\nname = oops\n"))
     with pytest.raises(ValueError, match="expected a TOML file, got"):
         read_study(tmp_path / "absent.toml")

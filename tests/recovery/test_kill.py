@@ -18,6 +18,7 @@ RUN = """
 import sys
 from normlab.lab.loops import supervised
 supervised.CHECKPOINT_SECONDS = float(sys.argv.pop(1))
+supervised.CHECKPOINT_SHARE = 0.5
 from normlab.lab.cli import run
 run()
 """
@@ -55,7 +56,9 @@ def outcome(folder: Path) -> dict:
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     # No checkpoint at all is written here: checkpoints must change nothing either.
-    subprocess.run(command(folder, apart="1000"), check=True, capture_output=True, env=environment())
+    subprocess.run(
+        command(folder, apart="1000"), check=True, capture_output=True, env=environment()
+    )
     return outcome(folder)
 
 

@@ -119,7 +119,7 @@ def fixup_(
     if not branches or empty:
         raise ValueError(
             "fixup_(branches): expected at least one branch with a weight layer, got "
-            f"{empty[0] + ' without' if empty else 'none'}; do name the weight layers of each "
+            f"{empty[0] + ' without' if empty else 'none'}; name the weight layers of each "
             "residual branch"
         )
     total = len(branches) if num_branches is None else num_branches
@@ -209,7 +209,7 @@ def prepare(model: nn.Module, setting: Setting, *, stem_init: str = "he") -> nn.
     """
     if stem_init not in ("he", "default"):
         raise ValueError(
-            f"fixup(stem_init={stem_init!r}): expected 'he' or 'default', got {stem_init!r}; do "
+            f"fixup(stem_init={stem_init!r}): expected 'he' or 'default', got {stem_init!r}; "
             "use 'he'"
         )
     network = find_residual_network(model, setting.batches[0][0][:2], "fixup")
@@ -217,7 +217,7 @@ def prepare(model: nn.Module, setting: Setting, *, stem_init: str = "he") -> nn.
         if len(block.convolutions) not in (2, 3):
             raise Unsuitable(
                 f"fixup(model): expected blocks of two or three convolutions, got {block.name} "
-                f"with {len(block.convolutions)}; do use fixup_ with blocks of your own"
+                f"with {len(block.convolutions)}; use fixup_ with blocks of your own"
             )
     branches = [Branch(block.name, block.convolutions) for block in network.blocks]
     replacements: dict[nn.Module, nn.Module] = {

@@ -192,6 +192,6 @@ class FixupClassifier(nn.Linear):
 def _check_no_bias(operation: str, *convolutions: nn.Conv2d) -> None:
     if any(convolution.bias is not None for convolution in convolutions):
         raise ValueError(
-            f"{operation}(conv): expected convolutions without bias, got one with; do give "
+            f"{operation}(conv): expected convolutions without bias, got one with; give "
             "bias=False, because scalar biases take its place"
         )

@@ -50,7 +50,7 @@ class FixupAttention(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(
                 f"FixupAttention(embed_dim={embed_dim}, num_heads={num_heads}): expected a number "
-                f"of heads that divides {embed_dim}, got {num_heads}; do change one of the two"
+                f"of heads that divides {embed_dim}, got {num_heads}; change one of the two"
             )
         self.num_heads = num_heads
         self.shift = ScalarBias()
@@ -245,7 +245,7 @@ def fixup_transformer_(
     if not total:
         raise ValueError(
             "fixup_transformer_(model): expected FixupAttention or FixupFeedForward modules, got "
-            f"{type(model).__name__} without any; do build it from FixupEncoderLayer"
+            f"{type(model).__name__} without any; build it from FixupEncoderLayer"
         )
     for branch in attentions:
         _xavier_(branch.input_projection, branch_factor(total, 4), generator)

@@ -20,7 +20,6 @@ from torch import nn
 
 from normlab.lab.records import write_bytes, writing
 
-
 WEIGHTS = "weights.safetensors"
 
 
@@ -118,7 +117,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Po
     except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"compare(checkpoint={found[-1]}): expected a complete checkpoint, got a damaged one "
-            f"({error}); do delete that folder: the trial then starts anew"
+            f"({error}); delete that folder: the trial then starts anew"
         ) from None
     model.load_state_dict(weights)
     optimizer.load_state_dict(training.pop("optimizer"))

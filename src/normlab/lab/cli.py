@@ -153,6 +153,39 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
         _say(f"page: {write_report(folder)}")
 
 
+@app.command()
+def reproduce(
+    paper: Annotated[
+        str | None, typer.Argument(help="A claim, such as fixup; without one all are listed.")
+    ] = None,
+    scale: Annotated[str, typer.Option(help="small or paper.")] = "small",
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="NORMLAB_DATA", help="Folder that holds fashion-mnist/ and so on."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; the same command goes on.")] = None,
+    evidence: Annotated[Path, typer.Option(help="Folder that the verdict is appended to.")] = Path(
+        "evidence"
+    ),
+) -> None:
+    """Run a paper's claim and give a verdict."""
+    with plainly():
+        from rich.console import Console
+
+        from normlab.lab import compare as comparison
+        from normlab.lab.claims.verb import list_claims, reproduce_claim
+
+        if paper is None:
+            for name, statement, cost in list_claims():
+                _say(f"{name}: {statement}\n    {cost}")
+            return
+        try:
+            reproduce_claim(paper, scale, data, out, evidence, Console(highlight=False))
+        except comparison.Interrupted:
+            _say(f"\nstopped; what is done is kept\nto continue: {_command()}")
+            raise typer.Exit(FAILED) from None
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
     """Turn a user's mistake into one line and an exit status, without a traceback."""

@@ -101,13 +101,13 @@ def _reference(study: Study, labels: list[str]) -> str:
     if wanted not in labels:
         raise ValueError(
             f"compare(reference={wanted!r}): expected one of the methods compared "
-            f"({', '.join(labels)}), got {wanted!r}; do add it to the methods"
+            f"({', '.join(labels)}), got {wanted!r}; add it to the methods"
         )
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         raise ValueError(
             f"compare(methods={', '.join(labels)}): expected each method once, got {twice!r} "
-            "twice; do leave one out"
+            "twice; leave one out"
         )
     return wanted
 
@@ -126,7 +126,7 @@ def _check(
         if method.card.batch_of_one == "refuses" and study.training.batch_size == 1:
             raise Unsuitable(
                 f"compare(batch_size=1): expected methods that train on one sample, got "
-                f"{method.label}; do leave it out or use a larger batch"
+                f"{method.label}; leave it out or use a larger batch"
             )
         del model
 
@@ -162,7 +162,7 @@ def _same_study(study: Study, folder: Path) -> None:
         raise ValueError(
             f"compare(out={folder}): expected the folder of this study or an empty one, got the "
             f"folder of a study with {changed} = {_short(old[changed], new[changed])}; "
-            "do choose another --out (methods and seeds may be added, the rest may not change)"
+            "choose another --out (methods and seeds may be added, the rest may not change)"
         )
 
 

@@ -45,8 +45,8 @@ def describe_environment(processes: Processes) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of normlab's own checkout, ``+`` appended if it was changed since."""
-    here = Path(__file__).parent
+    """Return the commit of normlab's own checkout, ``+`` appended if its code was changed since."""
+    here = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(here), *words]
@@ -56,9 +56,9 @@ def commit() -> str | None:
 
     try:
         # An installed copy may lie within a checkout of something else.
-        git("ls-files", "--error-unmatch", "environment.py")
+        git("ls-files", "--error-unmatch", "method.py")
         return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain") else ""
+            "+" if git("status", "--porcelain", "--", ".") else ""
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -45,7 +45,7 @@ class Processes:
             there = ", ".join(name for name, is_present in present.items() if is_present)
             raise ValueError(
                 f"compare(device={device!r}): expected auto or one of {there}, got {device!r}; "
-                "do use --device auto"
+                "use --device auto"
             )
         on_cpu = device == "cpu" or not (present["cuda"] or present["mps"])
         # Statistics are equal on all ranks already, so broadcasting buffers would only cost time.

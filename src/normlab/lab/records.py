@@ -59,7 +59,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DiskError(
             f"compare({path}): expected to write this file, got: {error.strerror or error}; "
-            "do free space or mend the folder, then run the same command again: "
+            "free space or mend the folder, then run the same command again: "
             "it goes on from what is recorded"
         ) from error
 
@@ -123,13 +123,13 @@ def read_run(folder: Path) -> RunRecord:
         raise RecordError(
             f"report({folder}): expected the folder of a study (with {STUDY}), got "
             f"{'a folder without it' if folder.is_dir() else 'no folder'}; "
-            "do give the folder that `normlab compare --out` wrote"
+            "give the folder that `normlab compare --out` wrote"
         )
     try:
         study = tomllib.loads((folder / STUDY).read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise RecordError(
-            f"report({folder / STUDY}): expected TOML, got {error}; do restore the file"
+            f"report({folder / STUDY}): expected TOML, got {error}; restore the file"
         ) from None
     return RunRecord(
         folder=folder,
@@ -202,7 +202,7 @@ def hold(folder: Path) -> Iterator[None]:
             holder = file.read().strip() or "unknown"
             raise RecordError(
                 f"compare(out={folder}): expected a folder that no process writes to, got one in "
-                f"use by process {holder}; do wait for it, stop it, or choose another --out"
+                f"use by process {holder}; wait for it, stop it, or choose another --out"
             ) from None
         with writing(folder / "lock"):
             file.seek(0)
@@ -288,7 +288,7 @@ def _read_json(path: Path, otherwise: Any) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecordError(
             f"report({path}): expected JSON, got a damaged file ({error}); "
-            "do delete that file and run the study again to make it anew"
+            "delete that file and run the study again to make it anew"
         ) from None
 
 

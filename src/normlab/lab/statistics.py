@@ -98,7 +98,7 @@ def confidence_interval(
     if len(values) == 0:
         raise ValueError(
             "confidence_interval(values): expected at least one value, got none; "
-            "do leave out a method without any finished seed"
+            "leave out a method without any finished seed"
         )
     if len(values) == 1:
         return None
@@ -194,7 +194,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         if p_value is not None and not 0.0 <= p_value <= 1.0:
             raise ValueError(
                 f"holm(p_values): expected values in [0, 1] or None, got {p_value!r}; "
-                "do pass p-values as they come from the tests"
+                "pass p-values as they come from the tests"
             )
     made = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
@@ -232,7 +232,7 @@ def steps_to_target(
     if not 0.0 < target <= 1.0:
         raise ValueError(
             f"steps_to_target(target={target!r}): expected a fraction in (0, 1], got {target!r}; "
-            "do give 0.95 for 95 %"
+            "give 0.95 for 95 %"
         )
     first = tuple(
         next(
@@ -272,7 +272,7 @@ def default_targets(reference_best: float) -> list[float]:
     if not 0.0 <= reference_best <= 1.0:
         raise ValueError(
             f"default_targets(reference_best={reference_best!r}): expected a fraction in [0, 1], "
-            f"got {reference_best!r}; do give 0.95 for 95 %"
+            f"got {reference_best!r}; give 0.95 for 95 %"
         )
     # The small addition keeps 0.95 * 0.98 = 0.9309999... from losing its last digit.
     targets = [
@@ -313,7 +313,7 @@ def _check_finite(operation: str, name: str, values: Sequence[float]) -> None:
         if not math.isfinite(value):
             raise ValueError(
                 f"{operation}({name}): expected finite numbers, got {value!r}; "
-                "do leave out seeds that diverged"
+                "leave out seeds that diverged"
             )
 
 
@@ -321,5 +321,5 @@ def _check_level(operation: str, level: float) -> None:
     if not 0.0 < level < 1.0:
         raise ValueError(
             f"{operation}(level={level!r}): expected a fraction in (0, 1), got {level!r}; "
-            "do give 0.95 for 95 %"
+            "give 0.95 for 95 %"
         )

@@ -171,11 +171,11 @@ def read_study(path: Path) -> Study:
         content = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"study({path}): expected a TOML file, got {error}; do check the path"
+            f"study({path}): expected a TOML file, got {error}; check the path"
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(
-            f"study({path}): expected TOML, got a mistake: {error}; do mend that line"
+            f"study({path}): expected TOML, got a mistake: {error}; mend that line"
         ) from None
     return make_study(content, source=str(path), text=text)
 
@@ -217,7 +217,7 @@ def _describe(error: ErrorDetails, source: str, text: str) -> str:
         near = get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
         return f"study({place}): expected a known field, got {field}; do you mean {near[0]!r}?"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"study({place}): {field}: expected {wanted}, got {error['input']!r}; do change {field}"
+    return f"study({place}): {field}: expected {wanted}, got {error['input']!r}; change {field}"
 
 
 def _line_of(text: str, path: list[str]) -> int | None:

@@ -50,7 +50,7 @@ def tune_rate(
     tune = study.tune
     assert tune is not None
     judged = hold_out(task, tune.hold_out, tune.seed)
-    space = {"lr": optuna.distributions.FloatDistribution(tune.low, tune.high, log=True)}
+    rates = optuna.distributions.FloatDistribution(tune.low, tune.high, log=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = []
     search = optuna.create_study(direction="maximize")
@@ -58,7 +58,7 @@ def tune_rate(
         # A fresh seed for each proposal makes it a function of the number and of what was seen.
         seed = derived_seed(tune.seed, "search", number) % 2**32
         search.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
-        proposal = search.ask(space)
+        proposal = search.ask({"lr": rates})
         trial = Trial(
             study=study,
             method=method,

@@ -71,7 +71,7 @@ def _check_count(operation: str, x: Tensor) -> None:
     if x.numel() <= x.shape[1]:
         raise ValueError(
             f"{operation}(input): expected more than one value per channel in training, got shape "
-            f"{tuple(x.shape)}; do train with larger batches or call .eval()"
+            f"{tuple(x.shape)}; train with larger batches or call .eval()"
         )
 
 
@@ -143,7 +143,7 @@ class SynchronizedBatchNorm(_BatchNorm):
         share = self.momentum
         if share is None:
             share = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
-        unbiased = moments.variance * (moments.count / (moments.count - 1))
+        unbiased = moments.variance * (moments.num_values / (moments.num_values - 1))
         self.running_mean.lerp_(moments.mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
 

@@ -111,7 +111,7 @@ class FilterResponseNorm(nn.Module):
         super().__init__()
         if not eps > 0:
             raise ValueError(
-                f"FilterResponseNorm(eps={eps}): expected a number above 0, got {eps}; do use 1e-6"
+                f"FilterResponseNorm(eps={eps}): expected a number above 0, got {eps}; use 1e-6"
             )
         self.num_features = num_features
         self.eps = eps
@@ -225,7 +225,7 @@ def ramp_up_factor(
     if not 0 <= warm_steps < total_steps:
         raise ValueError(
             f"ramp_up_factor(warm_steps={warm_steps}, total_steps={total_steps}): expected "
-            "0 <= warm_steps < total_steps, got otherwise; do shorten the rise"
+            "0 <= warm_steps < total_steps, got otherwise; shorten the rise"
         )
     if step < warm_steps:
         share = step / warm_steps

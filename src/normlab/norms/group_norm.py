@@ -48,7 +48,7 @@ def fitting_groups(num_channels: int, num_groups: int, *, has_space: bool) -> in
     """
     if num_groups < 1:
         raise ValueError(
-            f"group-norm(num_groups={num_groups}): expected at least 1, got {num_groups}; do use 32"
+            f"group-norm(num_groups={num_groups}): expected at least 1, got {num_groups}; use 32"
         )
     fewest = 2 if has_space else 4
     return max(
@@ -99,7 +99,7 @@ def prepare(model: nn.Module, setting: Setting, *, num_groups: int = 32) -> nn.M
         if not has_space and groups == norm.num_features:
             raise Unsuitable(
                 f"group-norm(model): expected at least two values in a group at {name!r}, got one "
-                "channel with one position; do widen the layer, because a single value minus its "
+                "channel with one position; widen the layer, because a single value minus its "
                 "mean is zero"
             )
         chosen.append(groups)

@@ -115,7 +115,7 @@ class IndependentComponent(nn.Module):
         if spatial_dims not in range(4):
             raise ValueError(
                 f"IndependentComponent(spatial_dims={spatial_dims}): expected 0, 1, 2 or 3, got "
-                f"{spatial_dims}; do give the number of axes after samples and channels"
+                f"{spatial_dims}; give the number of axes after samples and channels"
             )
         self.num_features = num_features
         self.drop_prob = drop_prob
@@ -130,7 +130,7 @@ class IndependentComponent(nn.Module):
         if x.dim() != self.spatial_dims + 2:
             raise ValueError(
                 f"IndependentComponent(input): expected {self.spatial_dims} axes after (N, C), got "
-                f"shape {tuple(x.shape)}; do set spatial_dims={x.dim() - 2}"
+                f"shape {tuple(x.shape)}; set spatial_dims={x.dim() - 2}"
             )
         x = self.norm(x)
         if self.training and self.drop_prob > 0:
@@ -284,13 +284,13 @@ def _chain(model: nn.Sequential, stacking: str, dropout: dict[str, Any]) -> nn.S
         elif not isinstance(layer, nn.PReLU) and any(True for _ in layer.parameters()):
             raise Unsuitable(
                 "ic-layer(model): expected a sequence of convolutions, linear layers, batch norms "
-                f"and activations, got {name} ({type(layer).__name__}); do take it out first"
+                f"and activations, got {name} ({type(layer).__name__}); take it out first"
             )
         result.append(layer)
     if not any(isinstance(layer, IndependentComponent) for layer in result):
         raise Unsuitable(
             "ic-layer(model): expected two weight layers or more, got "
-            f"{0 if previous is None else 1}; do use a deeper model"
+            f"{0 if previous is None else 1}; use a deeper model"
         )
     return nn.Sequential(*result)
 
@@ -323,7 +323,7 @@ def _check_runs(model: nn.Module, example: Tensor) -> None:
     except ValueError as error:
         raise Unsuitable(
             "ic-layer(model): expected channels on the axis after the samples in front of every "
-            f"weight layer, got a model for which {error}; do rearrange its axes"
+            f"weight layer, got a model for which {error}; rearrange its axes"
         ) from error
 
 
@@ -342,12 +342,12 @@ def _check_dropout(operation: str, drop_prob: float, granularity: str) -> None:
     if not 0 <= drop_prob < 1:
         raise ValueError(
             f"{operation}(drop_prob={drop_prob}): expected at least 0 and below 1, got "
-            f"{drop_prob}; do use 0.05"
+            f"{drop_prob}; use 0.05"
         )
     if granularity not in ("element", "channel"):
         raise ValueError(
             f"{operation}(granularity={granularity!r}): expected 'element' or 'channel', got "
-            f"{granularity!r}; do use 'element'"
+            f"{granularity!r}; use 'element'"
         )
 
 

@@ -64,7 +64,7 @@ def prepare(model: nn.Module, setting: Setting) -> nn.Module:
             if call.input_shape is not None and math.prod(call.input_shape[2:]) == 1:
                 raise Unsuitable(
                     f"instance-norm(model): expected maps of more than one position at {name!r}, "
-                    f"got shape (N, {', '.join(map(str, call.input_shape[1:]))}); do choose "
+                    f"got shape (N, {', '.join(map(str, call.input_shape[1:]))}); choose "
                     "layer-norm, because a single value minus its mean is zero"
                 )
         return from_batch_norm(norm)

@@ -62,7 +62,7 @@ def prepare(model: nn.Module, setting: Setting) -> nn.Module:
         if any(math.prod(shape[1:]) == 1 for shape in shapes):
             raise Unsuitable(
                 f"layer-norm(model): expected more than one value per sample at {name!r}, got "
-                "one; do widen the layer, because a single value minus its mean is zero"
+                "one; widen the layer, because a single value minus its mean is zero"
             )
         # One group gives the same on flat input, and is safe where the pass did not come by.
         flat = bool(shapes) and all(len(shape) == 2 for shape in shapes)

@@ -155,7 +155,7 @@ class WeightRescaler:
         if decayed:
             warnings.warn(
                 f"WeightRescaler: weight decay is set on {', '.join(decayed)}, whose norm is "
-                "set anyway; do use weight_decay=0 for rescaled weights",
+                "set anyway; use weight_decay=0 for rescaled weights",
                 stacklevel=2,
             )
         self._targets = [weight.group_norms() for weight in self.weights]
@@ -306,7 +306,7 @@ def equilibrium_norm(lr: float, weight_decay: float, gradient_norm: float) -> fl
 def _require(valid: bool, operation: str, name: str, value: object, expected: str) -> None:
     if not valid:
         raise ValueError(
-            f"{operation}({name}={value!r}): expected {expected}, got {value!r}; do give {expected}"
+            f"{operation}({name}={value!r}): expected {expected}, got {value!r}; give {expected}"
         )
 
 
@@ -316,7 +316,7 @@ def _found(model: nn.Module, setting: Setting, granularity: Granularity) -> Find
         reasons = "; ".join(f"{name}: {why}" for name, why in found.skipped.items())
         raise Unsuitable(
             "weight-rescaling(model): expected a linear or convolutional layer directly followed "
-            f"by a normaliser, got none ({reasons or 'there is no such layer'}); do keep the "
+            f"by a normaliser, got none ({reasons or 'there is no such layer'}); keep the "
             "BatchNorm layers"
         )
     return found

@@ -113,7 +113,7 @@ def project_max_norm_(target: nn.Module | Iterable[Tensor], max_norm: float) -> 
     if not max_norm > 0:
         raise ValueError(
             f"project_max_norm_(max_norm={max_norm}): expected a number above 0, got {max_norm}; "
-            "do use 3 or 4"
+            "use 3 or 4"
         )
     for weight in _weights_by_unit(target) if isinstance(target, nn.Module) else target:
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -172,7 +172,7 @@ def monte_carlo(
     if passes < 1 or not noisy:
         raise ValueError(
             f"monte_carlo(passes={passes}): expected at least one pass through a model with "
-            f"dropout modules, got {passes} and {len(noisy)} modules; do convert the model first"
+            f"dropout modules, got {passes} and {len(noisy)} modules; convert the model first"
         )
     with evaluating(model):
         for module in noisy:
@@ -241,7 +241,7 @@ def prepare(
     if not rates:
         raise Unsuitable(
             "dropout(model): expected a linear layer behind another layer, got none "
-            f"({', '.join(kept) or 'there is no linear layer'}); do set input_p for the first one"
+            f"({', '.join(kept) or 'there is no linear layer'}); set input_p for the first one"
         )
     for module, rate in rates.items():
         drop_input_of_(module, rate)
@@ -272,7 +272,7 @@ def _check_probability(operation: str, name: str, p: float) -> None:
     if not 0 <= p < 1:
         raise ValueError(
             f"{operation}({name}={p}): expected a probability of dropping, at least 0 and below 1, "
-            f"got {p}; do use 0.5, or 1 minus the probability of keeping"
+            f"got {p}; use 0.5, or 1 minus the probability of keeping"
         )
 
 

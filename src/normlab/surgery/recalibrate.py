@@ -68,7 +68,7 @@ def recalibrate(
     if not norms:
         raise ValueError(
             f"recalibrate(model): expected batch normalisation layers with running statistics, got "
-            f"{type(model).__name__} without any; do leave recalibration out"
+            f"{type(model).__name__} without any; leave recalibration out"
         )
     device = next(tensor.device for tensor in (*model.parameters(), *model.buffers()))
     sums: dict[nn.Module, Tensor] = {}
@@ -79,7 +79,7 @@ def recalibrate(
             seen += 1
         if not seen:
             raise ValueError(
-                "recalibrate(batches): expected at least one batch, got none; do give a loader "
+                "recalibrate(batches): expected at least one batch, got none; give a loader "
                 "that yields batches, or a list if it was used up"
             )
         for norm in norms:
@@ -155,6 +155,6 @@ def _inputs_of(batch: Any) -> Tensor:
     if not isinstance(inputs, Tensor):
         raise ValueError(
             "recalibrate(batches): expected tensors or pairs (inputs, targets), got "
-            f"{type(batch).__name__} with {type(inputs).__name__}; do yield the inputs alone"
+            f"{type(batch).__name__} with {type(inputs).__name__}; yield the inputs alone"
         )
     return inputs

@@ -126,14 +126,14 @@ def find_residual_network(model: nn.Module, example: Tensor, operation: str) -> 
     if not named:
         raise Unsuitable(
             f"{operation}(model): expected a ResNet with residual blocks (modules with conv1, "
-            f"conv2 and a sum), got {type(model).__name__} without any; do use a residual network"
+            f"conv2 and a sum), got {type(model).__name__} without any; use a residual network"
         )
     stem, head = getattr(model, "conv1", None), _child(model, _HEADS)
     if not isinstance(stem, nn.Conv2d) or not isinstance(head, nn.Linear):
         wrong = "conv1" if not isinstance(stem, nn.Conv2d) else "fc"
         raise Unsuitable(
             f"{operation}(model): expected conv1 to be an nn.Conv2d and fc an nn.Linear, as in "
-            f"torchvision's ResNet, got {type(model).__name__} with another {wrong}; do name the "
+            f"torchvision's ResNet, got {type(model).__name__} with another {wrong}; name the "
             "first convolution and the readout so"
         )
     network = ResidualNetwork(
@@ -150,13 +150,13 @@ def find_residual_network(model: nn.Module, example: Tensor, operation: str) -> 
         name, module = strange
         raise Unsuitable(
             f"{operation}(model): expected convolutions, normalisers, ReLUs, shortcuts and pools "
-            f"only, got {name} ({type(module).__name__}); do take it out first"
+            f"only, got {name} ({type(module).__name__}); take it out first"
         )
     different = _first_difference(network, example)
     if different is not None:
         raise Unsuitable(
             f"{operation}(model): expected relu(shortcut(x) + branch(x)) with conv, norm, relu in "
-            f"the branch, got {different}, which computes something else; do write it in this form"
+            f"the branch, got {different}, which computes something else; write it in this form"
         )
     return network
 

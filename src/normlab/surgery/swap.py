@@ -90,7 +90,7 @@ def batch_norms(model: nn.Module, operation: str) -> dict[str, nn.Module]:
     if not norms:
         raise Unsuitable(
             f"{operation}(model): expected a model with nn.BatchNorm layers, got "
-            f"{type(model).__name__} without any; do write the model with nn.BatchNorm1d/2d/3d "
+            f"{type(model).__name__} without any; write the model with nn.BatchNorm1d/2d/3d "
             "where a normaliser belongs"
         )
     return norms

@@ -270,7 +270,7 @@ def reproduce(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"reproduce({claim.name}): expected one process, got {os.environ['WORLD_SIZE']}; "
-            "do start it without torchrun"
+            "start it without torchrun"
         )
     plan = _begin(claim, scale, folder)
     findings: list[Finding] = []
@@ -380,7 +380,7 @@ def _begin(claim: Claim, scale: str, folder: Path) -> dict[str, Any]:
         if changed is not None:
             raise ValueError(
                 f"reproduce({claim.name}, out={folder}): expected a folder of this claim as it "
-                f"stands, got one begun with other {changed}; do choose another --out"
+                f"stands, got one begun with other {changed}; choose another --out"
             )
     if plan["finished"] is None:
         commit = environment.commit()

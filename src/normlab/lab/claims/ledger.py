@@ -18,7 +18,7 @@ from normlab.lab import records
 HEAD = """\
 # Ledger of claims
 
-This page is generated from the folder `evidence/` by `normlab reproduce`; do not edit it.
+This page is generated from the folder `evidence/` by `normlab reproduce`; not edit it.
 
 A finding *holds* if the whole 95 % interval of what was measured lies on the claim's side of the
 threshold, *does not hold* if all of it lies on the other side, and is *not decidable at this scale*
@@ -57,7 +57,7 @@ def read_evidence(folder: Path) -> dict[str, list[dict[str, Any]]]:
             except (json.JSONDecodeError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"ledger({path}, line {number}): expected the evidence of one run, got "
-                    f"{type(error).__name__}: {error}; do restore the file"
+                    f"{type(error).__name__}: {error}; restore the file"
                 ) from None
     # Within a file later lines are newer, so they come first where dates agree.
     return {

@@ -32,7 +32,10 @@ LINES_PER_EPOCH = 20
 """How many lines of training loss an epoch leaves in the records."""
 
 CHECKPOINT_SECONDS = 10.0
-"""How much work a killed process may lose."""
+"""How much work a killed process may lose, unless saving takes long itself."""
+
+CHECKPOINT_SHARE = 0.02
+"""How large a part of the time may go into checkpoints."""
 
 EVALUATION_BATCH = 500
 
@@ -107,7 +110,7 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
     forward = processes.distribute(model)
     recent = [torch.tensor(loss, device=processes.device) for loss in position.recent_losses]
     final = _evaluate(loop, metrics, position) if position.step == 0 else {}
-    saved_at = time.monotonic()
+    saved_at, saving_took = time.monotonic(), 0.0
     stopwatch = _Stopwatch(processes.device)
 
     while position.step < loop.total_steps:
@@ -145,7 +148,8 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
         # Several processes must act alike, so they look up from the work only at lines.
         looks_up = processes.size == 1 or at_line
         stopping = looks_up and processes.any(loop.stopping())
-        saving = looks_up and (stopping or time.monotonic() - saved_at > CHECKPOINT_SECONDS)
+        apart = max(CHECKPOINT_SECONDS, saving_took / CHECKPOINT_SHARE)
+        saving = looks_up and (stopping or time.monotonic() - saved_at > apart)
         if not (at_line or at_evaluation or saving):
             continue
 
@@ -164,10 +168,12 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
             final = _evaluate(loop, metrics, position)
             metrics.flush()
         if saving and processes.first and not ended:
+            began = time.monotonic()
             position.metrics_offset = metrics.flush()
             position.recent_losses = [loss.item() for loss in recent]
             checkpoint.save(loop.checkpoints, model, optimizer, position)
             saved_at = time.monotonic()
+            saving_took = saved_at - began
         if stopping and not ended:
             raise Interrupted
     return Outcome("finished", None, final)

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from normlab.lab.records import STUDY, RunRecord
 from normlab.lab.report import tables, words
-from normlab.lab.report.colours import DARK_PAGE, LIGHT_PAGE, Style, styles
+from normlab.lab.report.colours import Style, styles
 from normlab.lab.report.curves import curve
 from normlab.lab.report.plotly_script import plotly_script
 from normlab.lab.report.summary import (
@@ -72,7 +72,6 @@ def render(run: RunRecord) -> str:
         environment=_environment_rows(run.environment),
         command=run.environment.get("command"),
         tuning=_tuning(run),
-        colours={"light": LIGHT_PAGE, "dark": DARK_PAGE},
         data=_for_script(_plot_data(run, summary, looks, digits)),
         has_curves=any(trial.metrics for trial in run.trials),
         style=_resource("page.css"),
@@ -132,16 +131,13 @@ def _plot_data(
                     "seconds": _ends(method.seconds),
                     "memory": _ends(method.peak_memory),
                     "parameters": {"mean": method.num_parameters},
-                    "samples": _ends(method.samples_per_second),
                 },
             }
         )
     return {
         "methods": methods,
         "digits": digits,
-        "targets": summary.targets,
         "bands": len(methods) <= _MOST_BANDS,
-        "page": {"light": LIGHT_PAGE, "dark": DARK_PAGE},
     }
 
 

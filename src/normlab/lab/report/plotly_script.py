@@ -12,9 +12,9 @@ def plotly_script() -> str:
     """Return plotly's script, safe inside a script element.
 
     A browser first skims a function and reads it properly only when it is called; with nearly
-    five megabytes in one function that is called at once, the skimming is a seventh of all the
-    time until the first plot. Brackets around the function tell the browser to read it straight
-    away. Where a plotly looks different inside, its script is left as it is.
+    five megabytes in one function that is called at once, the skimming took about a seventh of the
+    processor time that the script needs to start. Brackets around the function tell the browser
+    to read it straight away. Where a plotly looks different inside, its script is left as it is.
     """
     script = get_plotlyjs().rstrip()
     if script.count(_HEAD) == 1 and script.endswith(_TAIL):

@@ -14,8 +14,7 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const scheme = () => (dark.matches && !printing ? "dark" : "light");
   // Plotly reads a little HTML in its texts; names are names.
-  const plain = (text) =>
-    text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const short = (text) => plain(text.length > LETTERS ? `${text.slice(0, LETTERS - 1)}…` : text);
   const percent = (value) => `${(100 * value).toFixed(data.digits)} %`;
   const english = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
@@ -161,8 +160,7 @@
       plan.annotations = [
         note(
           data.methods.some((method) => method[name].step.length)
-            ? "no method is shown"
-            : "nothing was recorded"
+            ? "no method is shown" : "nothing was recorded"
         ),
       ];
     }
@@ -279,8 +277,7 @@
       plan.annotations = [
         note(
           data.methods.some((method) => method.cost[name].mean != null)
-            ? "no method shown has a final accuracy"
-            : "not recorded on this machine"
+            ? "no method shown has a final accuracy" : "not recorded on this machine"
         ),
       ];
     }
