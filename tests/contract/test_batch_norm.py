@@ -193,7 +193,7 @@ def test_one_value_per_channel(make):
 
 def test_one_value_per_channel_in_the_house_form():
     for function in (SynchronizedBatchNorm(3), batch_norm):
-        with pytest.raises(ValueError, match=r"expected .*, got shape \(1, 3\); do "):
+        with pytest.raises(ValueError, match=r"expected .*, got shape \(1, 3\); "):
             function(torch.randn(1, 3))
     with pytest.raises(ValueError, match="more than one value per channel"):
         batch_norm(torch.randn(0, 3))

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_residual import FunctionalResNet, TorchvisionResNet
 from torch import nn
 
 from normlab.inits.fixup import (
@@ -38,6 +37,7 @@ from normlab.inits.fixup_transformer import (
 from normlab.lab.models import build_model
 from normlab.method import Setting, Unsuitable
 from normlab.testing import LAYER_CHECKS, METHOD_CHECKS, LayerCase, MethodCase
+from resnets_of_others import FunctionalResNet, TorchvisionResNet
 
 
 def conv(channels, out, kernel, stride=1):

@@ -23,6 +23,7 @@ from normlab.norms.ic_statistics import (
     mutual_information,
 )
 from normlab.testing import LAYER_CHECKS, METHOD_CHECKS, LayerCase, MethodCase
+from resnets_of_others import FunctionalResNet, TorchvisionResNet
 
 
 def oracle(layer, x):
@@ -344,8 +345,6 @@ def test_weights_device_and_mode_are_kept(name):
 
 
 def test_torchvisions_network_and_the_pool_of_its_stem():
-    from test_residual import FunctionalResNet, TorchvisionResNet
-
     setting = Setting(batches=((torch.randn(4, 3, 32, 32), torch.zeros(4)),))
     model = METHOD.with_options(drop_prob=0.0).prepare(TorchvisionResNet(), setting)
     assert kinds(model)[:3] == ["Conv2d", "MaxPool2d", "Sequential"]
@@ -387,7 +386,7 @@ class Custom(nn.Module):
 )
 def test_other_models_are_refused_with_the_reason(model, reason):
     setting = Setting(batches=((torch.randn(4, 3), torch.zeros(4)),))
-    with pytest.raises(Unsuitable, match=rf"ic-layer\(model\): expected .*{reason}.*; do "):
+    with pytest.raises(Unsuitable, match=rf"ic-layer\(model\): expected .*{reason}.*; "):
         METHOD.prepare(model, setting)
 
 
@@ -398,7 +397,7 @@ def test_wrong_words_are_refused():
         prepared("mlp", granularity="pixel")
     with pytest.raises(ValueError, match="expected 0, 1, 2 or 3"):
         IndependentComponent(4, spatial_dims=4)
-    with pytest.raises(ValueError, match="do set spatial_dims=0"):
+    with pytest.raises(ValueError, match="set spatial_dims=0"):
         IndependentComponent(4)(torch.randn(3, 4))
 
 

@@ -149,9 +149,9 @@ def test_a_layer_that_no_batch_reaches_keeps_its_statistics(pooled):
 
 
 def test_messages():
-    with pytest.raises(ValueError, match=r"recalibrate\(model\): expected .*; do "):
+    with pytest.raises(ValueError, match=r"recalibrate\(model\): expected .*; "):
         recalibrate(nn.Linear(2, 2), [torch.zeros(2, 2)])
-    with pytest.raises(ValueError, match=r"recalibrate\(batches\): expected at least one .*; do "):
+    with pytest.raises(ValueError, match=r"recalibrate\(batches\): expected at least one .*; "):
         recalibrate(SynchronizedBatchNorm(2), iter([]))
-    with pytest.raises(ValueError, match=r"recalibrate\(batches\): expected tensors .*; do "):
+    with pytest.raises(ValueError, match=r"recalibrate\(batches\): expected tensors .*; "):
         recalibrate(SynchronizedBatchNorm(2), [()])

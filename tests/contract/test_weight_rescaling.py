@@ -418,7 +418,7 @@ def refused(**options):
     ids=str,
 )
 def test_wrong_options_are_refused(options):
-    with pytest.raises(ValueError, match=r"\): expected .*, got .*; do "):
+    with pytest.raises(ValueError, match=r"\): expected .*, got .*; "):
         refused(**options)
 
 

@@ -12,13 +12,10 @@ import torch
 
 # Dropout draws other noise on each process, so methods with noise agree in distribution only.
 METHODS = ["batch-norm", "none", "filter-response-norm", "group-norm", "fixup", "weight-rescaling"]
-ARGUMENTS = [
-    *(
-        "-m normlab compare --task digits --train-size 320 --model resnet --depth 8 --width 4".split()
-    ),
-    *("--epochs 2 --batch-size 32 --lr 0.05 --seeds 1 --device cpu --methods".split()),
-    *METHODS,
-]
+ARGUMENTS = (
+    "-m normlab compare --task digits --train-size 320 --model resnet --depth 8 --width 4 "
+    "--epochs 2 --batch-size 32 --lr 0.05 --seeds 1 --device cpu --methods"
+).split() + METHODS
 
 
 def run(launcher: list[str], out: Path) -> str:

@@ -30,9 +30,10 @@ from normlab.lab.claims.claim import (
     reproduce,
     verdict,
 )
-from normlab.lab.claims.measures import final_accuracies, judge_difference, share_interval
+from normlab.lab.claims.measures import final_accuracies, judge_difference
 from normlab.lab.compare import compare as original_compare
 from normlab.lab.records import RunRecord, TrialRecord
+from normlab.lab.statistics import share_interval
 from normlab.lab.study import ModelChoice, Study, TaskChoice, Training
 
 REPOSITORY = Path(__file__).parents[2]

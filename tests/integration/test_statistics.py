@@ -119,12 +119,12 @@ def test_default_targets_are_fractions_of_the_reference():
     ("call", "message"),
     [
         (lambda: confidence_interval([]), r"confidence_interval\(values\): expected at least one"),
-        (lambda: confidence_interval([0.1, math.nan]), r"expected finite numbers, got nan; do "),
+        (lambda: confidence_interval([0.1, math.nan]), r"expected finite numbers, got nan; "),
         (lambda: confidence_interval([0.1, 0.2], 95), r"confidence_interval\(level=95\)"),
         (lambda: paired_test({0: math.inf}, {0: 1.0}), r"paired_test\(method\): expected finite"),
         (lambda: paired_test({}, {}, 1.0), r"paired_test\(level=1.0\): expected a fraction"),
         (lambda: holm([1.2]), r"holm\(p_values\): expected values in \[0, 1\] or None, got 1.2"),
-        (lambda: steps_to_target([], 95), r"steps_to_target\(target=95\): .* do give 0.95"),
+        (lambda: steps_to_target([], 95), r"steps_to_target\(target=95\): .* give 0.95"),
         (lambda: default_targets(97), r"default_targets\(reference_best=97\): expected"),
     ],
 )

@@ -323,3 +323,26 @@ def _check_level(operation: str, level: float) -> None:
             f"{operation}(level={level!r}): expected a fraction in (0, 1), got {level!r}; "
             "give 0.95 for 95 %"
         )
+
+
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """Return the exact (Clopper-Pearson) 95 % interval of a share.
+
+    Args:
+        count: How many of them, 0 to ``total``.
+        total: How many there are, at least 1.
+
+    Example:
+        >>> low, high = share_interval(6, 6)
+        >>> round(low, 3), high
+        (0.541, 1.0)
+
+    Source:
+        C. J. Clopper, E. S. Pearson, The use of confidence or fiducial limits, 1934.
+    """
+    from scipy.special import betaincinv
+
+    tail = (1 - LEVEL) / 2
+    low = 0.0 if count == 0 else float(betaincinv(count, total - count + 1, tail))
+    high = 1.0 if count == total else float(betaincinv(count + 1, total - count, 1 - tail))
+    return low, high

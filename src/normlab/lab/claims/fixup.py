@@ -18,11 +18,10 @@ from normlab.lab.claims.measures import (
     final_accuracies,
     judge_difference,
     mean,
-    share_interval,
     trials_of,
 )
 from normlab.lab.records import RunRecord
-from normlab.lab.statistics import confidence_interval
+from normlab.lab.statistics import confidence_interval, share_interval
 from normlab.lab.study import ModelChoice, Study, TaskChoice, Training
 
 HE_FAILS = Bound(

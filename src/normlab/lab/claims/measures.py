@@ -12,7 +12,7 @@ from typing import Any
 from normlab.lab import records
 from normlab.lab.claims.claim import Bound, Finding
 from normlab.lab.records import RunRecord, TrialRecord
-from normlab.lab.statistics import LEVEL, paired_test
+from normlab.lab.statistics import paired_test
 
 POINTS = "points of accuracy"
 
@@ -92,29 +92,6 @@ def judge_difference(
     """
     test = paired_test(one, other)
     return bound.judge(test.difference, test.interval if usable else None, test.num_pairs, details)
-
-
-def share_interval(count: int, total: int) -> tuple[float, float]:
-    """Return the exact (Clopper-Pearson) 95 % interval of a share.
-
-    Args:
-        count: How many of them, 0 to ``total``.
-        total: How many there are, at least 1.
-
-    Example:
-        >>> low, high = share_interval(6, 6)
-        >>> round(low, 3), high
-        (0.541, 1.0)
-
-    Source:
-        C. J. Clopper, E. S. Pearson, The use of confidence or fiducial limits, 1934.
-    """
-    from scipy.special import betaincinv
-
-    tail = (1 - LEVEL) / 2
-    low = 0.0 if count == 0 else float(betaincinv(count, total - count + 1, tail))
-    high = 1.0 if count == total else float(betaincinv(count + 1, total - count, 1 - tail))
-    return low, high
 
 
 def rates(run: RunRecord) -> dict[str, float]:
