@@ -182,12 +182,12 @@ def card_data(method: Method) -> dict[str, Any]:
             "options": [],
             "parts": [card_data(part) for part in method.parts],
         }
-    names = [known.card.name for known in METHODS]
+    order = [known.card.name for known in METHODS].index(method.card.name)
     options = [
         {"name": name, "default": default, "value": method.options.get(name, default)}
-        for name, default in method.defaults().items()
+        for name, default in METHODS[order].defaults().items()
     ]
-    return asdict(method.card) | {"order": names.index(method.card.name), "options": options}
+    return asdict(method.card) | {"order": order, "options": options}
 
 
 @contextmanager

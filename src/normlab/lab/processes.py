@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 
@@ -48,6 +49,9 @@ class Processes:
                 "use --device auto"
             )
         on_cpu = device == "cpu" or not (present["cuda"] or present["mps"])
+        if "WORLD_SIZE" not in os.environ:
+            # accelerate keeps the first choice of a process for all later ones.
+            AcceleratorState._reset_state(reset_partial_state=True)
         # Statistics are equal on all ranks already, so broadcasting buffers would only cost time.
         keep_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
         self._accelerator = Accelerator(
