@@ -128,3 +128,19 @@ def test_memory_grows_with_the_batch(tmp_path):
         result = compare(study, tmp_path / str(size), QUIET).results[0]
         peaks[size] = result["peak_memory_bytes"]
     assert 2 * peaks[10] < peaks[40] < 4 * peaks[10]
+
+
+def test_a_rate_is_judged_on_several_seeds(tmp_path):
+    tune = {"trials": 3, "seeds": 2, "low": 0.01, "high": 1.0}
+    study = small_study(methods=["batch-norm"], seeds=[0], tune=tune)
+    result = compare(study, tmp_path, QUIET).results[0]
+    record = records.read_run(tmp_path)
+    by_rate: dict[float, list[dict]] = {}
+    for trial in record.tuning:
+        assert trial.result is not None
+        by_rate.setdefault(trial.result["lr"], []).append(trial.result)
+    assert len(by_rate) == 3
+    for tried in by_rate.values():
+        assert [one["seed"] for one in tried] == [0, 1]
+    means = {lr: sum(one["final_accuracy"] for one in tried) / 2 for lr, tried in by_rate.items()}
+    assert means[result["lr"]] == max(means.values())

@@ -70,7 +70,7 @@ def compare(study: Study, folder: Path, console: Console) -> Comparison:
         _check(study, methods, task, processes, folder)
         if processes.first:
             _write_study(study, methods, task, processes, folder)
-        searches = len(labels) * study.tune.trials if study.tune else 0
+        searches = len(labels) * study.tune.trials * study.tune.seeds if study.tune else 0
         total = searches + len(labels) * len(study.seeds)
         stopping = stack.enter_context(_stop_on_interrupt())
         watcher = stack.enter_context(watching(total, console)) if processes.first else Silent()

@@ -92,15 +92,18 @@ class Tune(_Typed):
 
     Attributes:
         parameter: What is searched.
-        trials: Trials for each method.
+        trials: Rates tried for each method.
+        seeds: Seeds that each rate is tried on; a rate at which a method is unstable may look good
+            on one.
         low: Lowest rate.
         high: Highest rate.
         hold_out: The share of the training set that judges; the test set is not seen.
-        seed: Seed of the search and of its trials.
+        seed: Seed of the search, and the first one of its trials.
     """
 
     parameter: Literal["lr"] = "lr"
     trials: int = Field(default=8, ge=1)
+    seeds: int = Field(default=1, ge=1)
     low: float = Field(default=1e-3, gt=0)
     high: float = Field(default=1.0, gt=0)
     hold_out: float = Field(default=0.1, gt=0, lt=1)

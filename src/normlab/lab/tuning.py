@@ -52,23 +52,30 @@ def tune_rate(
     judged = hold_out(task, tune.hold_out, tune.seed)
     rates = optuna.distributions.FloatDistribution(tune.low, tune.high, log=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    results = []
+    tried: list[tuple[float, float, float]] = []
     search = optuna.create_study(direction="maximize")
     for number in range(tune.trials):
         # A fresh seed for each proposal makes it a function of the number and of what was seen.
-        seed = derived_seed(tune.seed, "search", number) % 2**32
-        search.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
+        sampler_seed = derived_seed(tune.seed, "search", number) % 2**32
+        search.sampler = optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=4)
         proposal = search.ask({"lr": rates})
-        trial = Trial(
-            study=study,
-            method=method,
-            seed=tune.seed,
-            lr=float(f"{proposal.params['lr']:.3g}"),
-            folder=records.trial_folder(folder, method, number, room="tuning"),
-        )
-        result = run_trial(trial, judged, processes, watcher, stopping)
-        worth = result.get("final_accuracy") if result["status"] == records.FINISHED else None
-        search.tell(proposal, worth if worth is not None else 0.0)
-        if worth is not None:
-            results.append((worth, -(result["final_loss"] or float("inf")), trial.lr))
-    return max(results)[2] if results else study.training.lr
+        lr = float(f"{proposal.params['lr']:.3g}")
+        results = []
+        for repeat in range(tune.seeds):
+            place = number * tune.seeds + repeat
+            trial = Trial(
+                study=study,
+                method=method,
+                seed=tune.seed + repeat,
+                lr=lr,
+                folder=records.trial_folder(folder, method, place, room="tuning"),
+            )
+            results.append(run_trial(trial, judged, processes, watcher, stopping))
+        # A rate at which one seed does not finish is worth nothing on that seed.
+        finished = [result for result in results if result["status"] == records.FINISHED]
+        worth = sum(result["final_accuracy"] for result in finished) / tune.seeds
+        search.tell(proposal, worth)
+        if finished:
+            loss = sum(result["final_loss"] or float("inf") for result in finished) / len(finished)
+            tried.append((worth, -loss, lr))
+    return max(tried)[2] if tried else study.training.lr

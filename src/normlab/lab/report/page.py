@@ -56,7 +56,7 @@ def render(run: RunRecord) -> str:
     environment.filters["named"] = _names_marked(list(cards))
     environment.globals.update(words=words, arxiv=_arxiv, STRIP_WIDTH=tables.STRIP_WIDTH)
     return environment.get_template("page.html.jinja").render(
-        title=str(run.study.get("name") or "Comparison"),
+        title=_title(run),
         facts=_facts(run, summary),
         verdict=verdict(summary, digits),
         summary=summary,
@@ -214,6 +214,12 @@ def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
     if isinstance(packages, dict):
         rows += [(str(name), str(version)) for name, version in packages.items()]
     return rows
+
+
+def _title(run: RunRecord) -> str:
+    """Return the study's name, or what was trained on what."""
+    model, task = (run.environment.get(name) for name in ("model_title", "task_title"))
+    return str(run.study.get("name") or (f"{model} on {task}" if model and task else "Comparison"))
 
 
 def _tuning(run: RunRecord) -> str:

@@ -1,0 +1,36 @@
+"""The README keeps its word: its code runs, its table is complete, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from normlab.catalog import METHODS
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    )
+    names = {"inputs": torch.randn(8, 1, 8, 8), "targets": torch.arange(8) % 3, "model": model}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["layer"](torch.randn(2, 64, 4, 4)).shape == (2, 64, 4, 4)
+    names["model"](names["inputs"]).sum().backward()
+    names["optimizer"].step()
+    norms = names["model"][0].weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(4))
+
+
+def test_the_table_names_every_method_in_order():
+    table = re.findall(r"^\| `([\w-]+)` \|", TEXT, flags=re.MULTILINE)
+    assert table == [method.card.name for method in METHODS]
+
+
+def test_local_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("http") or (ROOT / target).exists(), target
