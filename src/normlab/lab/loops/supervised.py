@@ -29,7 +29,10 @@ from normlab.method import Method
 from normlab.surgery.flow import evaluating
 
 LINES_PER_EPOCH = 20
-"""How many lines of training loss an epoch leaves in the records."""
+"""How many lines of training loss an epoch leaves in the records, unless its steps are few."""
+
+STEPS_PER_LINE = 5
+"""The fewest steps behind a line: a short step must not wait for its record."""
 
 CHECKPOINT_SECONDS = 10.0
 """How much work a killed process may lose, unless saving takes long itself."""
@@ -106,7 +109,7 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
     """
     model, optimizer, processes = loop.model, loop.optimizer, loop.processes
     per_epoch = loop.batches.steps_per_epoch
-    lines_apart = max(1, per_epoch // LINES_PER_EPOCH)
+    lines_apart = max(STEPS_PER_LINE, per_epoch // LINES_PER_EPOCH)
     forward = processes.distribute(model)
     recent = [torch.tensor(loss, device=processes.device) for loss in position.recent_losses]
     final = _evaluate(loop, metrics, position) if position.step == 0 else {}
@@ -129,7 +132,7 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
             inputs, targets = loop.batches.batch(epoch, index)
             generator = torch.Generator().manual_seed(derived_seed(loop.seed, "method", step))
             inputs, targets = loop.method.batch(inputs, targets, generator)
-            torch.manual_seed(derived_seed(loop.seed, "noise", step, processes.rank))
+            _seed_noise(derived_seed(loop.seed, "noise", step, processes.rank), processes.device)
             optimizer.zero_grad(set_to_none=True)
             with processes.autocast():
                 loss = loop.task.loss(forward(inputs), targets)
@@ -226,6 +229,14 @@ def _evaluate(
     line: dict[str, Any] = {"kind": "eval", "step": position.step, "epoch": epoch}
     metrics.append(line | {"loss": loss, "accuracy": accuracy, "seconds": position.seconds})
     return {"accuracy": accuracy, "loss": loss}
+
+
+def _seed_noise(seed: int, device: torch.device) -> None:
+    # torch.manual_seed reaches for every kind of device and takes a stack trace for each one that
+    # is not there: half a millisecond a step.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class _Stopwatch:
