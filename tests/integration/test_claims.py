@@ -275,14 +275,11 @@ def test_unknown_names_suggest_the_nearest(tmp_path):
         reproduce(claims.CLAIMS[0], "smal", None, tmp_path, QUIET)
 
 
-def test_data_is_found_below_the_root(tmp_path):
-    (tmp_path / "cifar10-jpeg").mkdir()
+def test_studies_are_told_where_data_lie(tmp_path):
     study = Study(task=TaskChoice(name="cifar10"))
-    assert locate(study, tmp_path).task.data == str(tmp_path / "cifar10-jpeg")
+    assert locate(study, tmp_path).task.data == str(tmp_path)
     assert locate(study, None).task.data is None
     assert locate(Study(), tmp_path).task.data is None
-    fashion = locate(Study(task=TaskChoice(name="fashion-mnist")), tmp_path)
-    assert fashion.task.data == str(tmp_path / "fashion-mnist")
 
 
 # -- a miniature claim from end to end ------------------------------------------------------------

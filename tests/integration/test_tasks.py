@@ -664,3 +664,13 @@ def test_cifar10():
     assert [s / 255 for s in task.std] == pytest.approx([0.2452, 0.2428, 0.2606], abs=1e-4)
     assert task.train.targets.bincount().tolist() == [5_000] * 10
     assert task.test.targets.bincount().tolist() == [1_000] * 10
+
+
+def test_data_may_lie_below_the_folder_under_the_tasks_name(tmp_path):
+    for folder in ("cifar10", "cifar10-jpeg"):
+        (tmp_path / folder).mkdir()
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / folder))):
+            load_task("cifar10", tmp_path)
+        (tmp_path / folder).rmdir()
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_task("cifar10", tmp_path)

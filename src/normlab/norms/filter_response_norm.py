@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from normlab.method import Card, Group, Method, Setting, Source, split_groups
 from normlab.moments import check_channels, per_channel, wide
 from normlab.surgery.flow import Flow, Sum, trace_flow
-from normlab.surgery.swap import BATCH_NORMS, batch_norms, swap
+from normlab.surgery.swap import BATCH_NORMS, batch_norms, keep_affine, swap
 
 
 def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: Tensor | float) -> Tensor:
@@ -246,10 +246,7 @@ def from_batch_norm(norm: nn.Module, spatial_dims: int) -> FilterResponseNorm:
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     layer = FilterResponseNorm(norm.num_features, learn_eps="auto", spatial_dims=spatial_dims)
-    if norm.affine:
-        with torch.no_grad():
-            layer.weight.copy_(norm.weight)
-            layer.bias.copy_(norm.bias)
+    keep_affine(layer, norm)
     return layer
 
 

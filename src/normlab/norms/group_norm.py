@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
 from normlab.surgery.flow import trace_flow
-from normlab.surgery.swap import swap_batch_norms
+from normlab.surgery.swap import keep_affine, swap_batch_norms
 
 
 def fitting_groups(num_channels: int, num_groups: int, *, has_space: bool) -> int:
@@ -78,11 +77,7 @@ def from_batch_norm(norm: nn.Module, num_groups: int) -> nn.GroupNorm:
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     layer = nn.GroupNorm(num_groups, norm.num_features, norm.eps)
-    with torch.no_grad():
-        if norm.weight is not None:
-            layer.weight.copy_(norm.weight)
-        if norm.bias is not None:
-            layer.bias.copy_(norm.bias)
+    keep_affine(layer, norm)
     return layer
 
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
 from normlab.surgery.flow import trace_flow
-from normlab.surgery.swap import swap_batch_norms
+from normlab.surgery.swap import keep_affine, swap_batch_norms
 
 _LAYERS = {
     nn.BatchNorm1d: nn.InstanceNorm1d,
@@ -47,11 +46,7 @@ def from_batch_norm(norm: nn.Module) -> nn.Module:
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     layer = _LAYERS[type(norm)](norm.num_features, norm.eps, affine=True)
-    with torch.no_grad():
-        if norm.weight is not None:
-            layer.weight.copy_(norm.weight)
-        if norm.bias is not None:
-            layer.bias.copy_(norm.bias)
+    keep_affine(layer, norm)
     return layer
 
 

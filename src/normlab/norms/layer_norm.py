@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
 from normlab.surgery.flow import trace_flow
-from normlab.surgery.swap import swap_batch_norms
+from normlab.surgery.swap import keep_affine, swap_batch_norms
 
 
 def from_batch_norm(norm: nn.Module, *, flat: bool) -> nn.LayerNorm | nn.GroupNorm:
@@ -44,11 +43,7 @@ def from_batch_norm(norm: nn.Module, *, flat: bool) -> nn.LayerNorm | nn.GroupNo
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     channels = norm.num_features
     layer = nn.LayerNorm(channels, norm.eps) if flat else nn.GroupNorm(1, channels, norm.eps)
-    with torch.no_grad():
-        if norm.weight is not None:
-            layer.weight.copy_(norm.weight)
-        if norm.bias is not None:
-            layer.bias.copy_(norm.bias)
+    keep_affine(layer, norm)
     return layer
 
 

@@ -63,6 +63,15 @@ def adopt(new: nn.Module, old: nn.Module) -> nn.Module:
     return new.train(old.training)
 
 
+def keep_affine(new: nn.Module, old: nn.Module) -> None:
+    """Copy scale and shift of a normaliser into its replacement, where the old one has them."""
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            kept = getattr(old, name)
+            if kept is not None:
+                getattr(new, name).copy_(kept)
+
+
 def swap_batch_norms(
     model: nn.Module, make: Callable[[str, nn.Module], nn.Module], operation: str
 ) -> nn.Module:

@@ -31,9 +31,6 @@ HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "not decidable at this scale
 Direction = Literal["at least", "above", "at most", "below"]
 """The side of the threshold on which the claim stands; "at least" and "at most" include it."""
 
-DATA_FOLDERS = {"cifar10": ("cifar10", "cifar10-jpeg")}
-"""Names of a task's folder below the data root, where they are not just the task's name."""
-
 PLAN = "claim.json"
 
 
@@ -325,10 +322,7 @@ def locate(study: Study, data: Path | None) -> Study:
     """
     if data is None or study.task.name == "digits":
         return study
-    root = data.expanduser().absolute()
-    names = DATA_FOLDERS.get(study.task.name, (study.task.name,))
-    found = next((root / name for name in names if (root / name).is_dir()), root / names[0])
-    task = study.task.model_copy(update={"data": str(found)})
+    task = study.task.model_copy(update={"data": str(data.expanduser().absolute())})
     return study.model_copy(update={"task": task})
 
 

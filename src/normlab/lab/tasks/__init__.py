@@ -33,12 +33,14 @@ class TaskEntry:
         summary: What it is, in one line.
         load: Makes the task, from where the data are (if it needs any) and options.
         needs: What the user must provide; empty if nothing.
+        folders: Names of its folder in a folder of data sets, beside the task's own name.
     """
 
     name: str
     summary: str
     load: Callable[..., Task]
     needs: str
+    folders: tuple[str, ...] = ()
 
 
 TASKS = (
@@ -55,6 +57,7 @@ TASKS = (
         "objects and animals, 32x32 colour",
         cifar10.load,
         "a folder with 2 parquet files; extra normlab[hub]",
+        ("cifar10-jpeg",),
     ),
     TaskEntry(
         "image-folder",
@@ -71,8 +74,8 @@ def load_task(name: str, data: str | Path | None = None, **options: Any) -> Task
 
     Args:
         name: One of the names in ``TASKS``.
-        data: Where the data are: a folder, or for ``npz`` a file. None looks in ``data/<name>`` of
-            the current folder.
+        data: Where the data are: their folder, a folder that holds it under the task's name, or
+            for ``npz`` a file. None looks in ``data/<name>`` of the current folder.
         **options: Keyword arguments of the data set, such as ``image_size`` of ``image-folder``.
 
     Raises:
@@ -112,7 +115,9 @@ def load_task(name: str, data: str | Path | None = None, **options: Any) -> Task
                 f"got a path; leave it out"
             )
         return entry.load(**options)
-    return entry.load(Path(data or Path("data") / name).expanduser(), **options)
+    place = Path(data or Path("data") / name).expanduser()
+    below = (place / folder for folder in (name, *entry.folders))
+    return entry.load(next((folder for folder in below if folder.is_dir()), place), **options)
 
 
 def _nearest(word: str, known: list[str]) -> str:
