@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from normlab.norms.batch_norm import synchronize
@@ -52,13 +52,8 @@ class Processes:
         if "WORLD_SIZE" not in os.environ:
             # accelerate keeps the first choice of a process for all later ones.
             AcceleratorState._reset_state(reset_partial_state=True)
-        # Statistics are equal on all ranks already, so broadcasting buffers would only cost time.
-        keep_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self._accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            kwargs_handlers=[keep_buffers],
-        )
+        mixed = "bf16" if precision == "bf16" else "no"
+        self._accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
         self.precision = precision
 
     @property
@@ -93,7 +88,13 @@ class Processes:
         with warnings.catch_warnings():
             # Its successor does not exist in the oldest torch that is supported.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            return self._accelerator.prepare_model(model)
+            # Not accelerate's `prepare_model`: that one puts new buffers in the place of those that
+            # a method's hooks hold. Statistics are equal on all ranks, so none need broadcasting.
+            return nn.parallel.DistributedDataParallel(
+                model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+            )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of the forward pass."""
