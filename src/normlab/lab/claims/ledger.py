@@ -18,7 +18,7 @@ from normlab.lab import records
 HEAD = """\
 # Ledger of claims
 
-This page is generated from the folder `evidence/` by `normlab reproduce`; not edit it.
+This page is generated from the folder `evidence/` by `normlab reproduce`; do not edit it.
 
 A finding *holds* if the whole 95 % interval of what was measured lies on the claim's side of the
 threshold, *does not hold* if all of it lies on the other side, and is *not decidable at this scale*
