@@ -123,7 +123,10 @@ def list_all() -> None:
         rooms = {
             "methods": [(method.card.name, method.card.summary) for method in METHODS],
             "tasks": [(task.name, task.summary) for task in TASKS],
-            "models": [(model.name, model.summary) for model in MODELS],
+            "models": [
+                *((model.name, model.summary) for model in MODELS),
+                ("path/to/file.py:function", "a network of your own"),
+            ],
         }
         for title, rows in rooms.items():
             table = Table(title, "", box=None, header_style="bold", pad_edge=False)
