@@ -99,6 +99,12 @@ def test_a_study_file_runs(tmp_path):
     assert (tmp_path / "run/trials/none/3/result.json").exists()
 
 
+def test_options_beside_a_study_file_are_refused(tmp_path):
+    study = tmp_path / "study.toml"
+    study.write_text('methods = ["none"]\n')
+    refused(run("compare", study, "--epochs", "3"), "--epochs", "got both")
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [

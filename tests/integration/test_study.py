@@ -89,3 +89,9 @@ def test_the_reference_is_batch_norm_if_it_takes_part():
     assert Study(methods=["none", "batch-norm"]).reference_method == "batch-norm"
     assert Study(methods=["none", "fixup"]).reference_method == "none"
     assert Study(methods=["none", "fixup"], reference="fixup").reference_method == "fixup"
+
+
+def test_the_rate_depends_on_the_optimiser_if_nothing_is_said():
+    assert make_study({}).training.lr == 0.1
+    assert make_study({"training": {"optimizer": "adamw"}}).training.lr == 1e-3
+    assert make_study({"training": {"optimizer": "adamw", "lr": 0.5}}).training.lr == 0.5

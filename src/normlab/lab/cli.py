@@ -21,12 +21,16 @@ app = typer.Typer(
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
-DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 8, "batch_size": 32, "lr": 0.05}
+DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 8, "batch_size": 32}
 """The embedded task is small: short training in small batches."""
+
+DIGITS_RATE = 0.05
+"""SGD's rate for such batches."""
 
 
 @app.command()
 def compare(
+    context: typer.Context,
     study_file: Annotated[
         Path | None, typer.Argument(metavar="[STUDY.toml]", help="The study as a file.")
     ] = None,
@@ -63,9 +67,12 @@ def compare(
         from normlab.lab.study import make_study, read_study
 
         if study_file is not None:
+            _refuse_beside_a_file(context)
             study = read_study(study_file)
         else:
-            small = DIGITS_DEFAULTS if task == "digits" else {}
+            small = dict(DIGITS_DEFAULTS) if task == "digits" else {}
+            if task == "digits" and optimizer == "sgd":
+                small["lr"] = DIGITS_RATE
             training = _given(
                 epochs=epochs,
                 batch_size=batch_size,
@@ -205,6 +212,22 @@ def plainly() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("\nstopped at once; the same command goes on from the last checkpoint", 2)
         raise typer.Exit(FAILED) from None
+
+
+def _refuse_beside_a_file(context: typer.Context) -> None:
+    """Refuse options that a study file would silently overrule."""
+    given = [
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        and name not in ("study_file", "out")
+    ]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(
+            f"compare({context.params['study_file']}, {options}): expected a study file or options "
+            f"that describe a study, got both; write {options} into the file"
+        )
 
 
 def run() -> None:

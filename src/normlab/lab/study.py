@@ -64,7 +64,8 @@ class Training(_Typed):
         epochs: Passes over the training set.
         batch_size: Samples of a global batch, over all processes.
         optimizer: The kind of optimiser.
-        lr: The base learning rate; a search replaces it for each method.
+        lr: The base learning rate, 0.1 for SGD and 0.001 for AdamW if nothing is said; a search
+            replaces it for each method.
         momentum: Momentum of SGD.
         weight_decay: Decay of all parameters, unless a method says otherwise.
         schedule: Course of the learning rate.
@@ -77,7 +78,9 @@ class Training(_Typed):
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=128, ge=1)
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(default=0.1, gt=0)
+    lr: float = Field(
+        default_factory=lambda known: 1e-3 if known.get("optimizer") == "adamw" else 0.1, gt=0
+    )
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Schedule = "cosine"
