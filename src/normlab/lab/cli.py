@@ -21,11 +21,8 @@ app = typer.Typer(
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
-DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 8, "batch_size": 32}
+DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 8, "batch_size": 64}
 """The embedded task is small: short training in small batches."""
-
-DIGITS_RATE = 0.05
-"""SGD's rate for such batches."""
 
 
 @app.command()
@@ -70,9 +67,7 @@ def compare(
             _refuse_beside_a_file(context)
             study = read_study(study_file)
         else:
-            small = dict(DIGITS_DEFAULTS) if task == "digits" else {}
-            if task == "digits" and optimizer == "sgd":
-                small["lr"] = DIGITS_RATE
+            small = DIGITS_DEFAULTS if task == "digits" else {}
             training = _given(
                 epochs=epochs,
                 batch_size=batch_size,
