@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -98,11 +98,8 @@ class Processes:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of the forward pass."""
-        return self._accelerator.autocast()
-
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass."""
-        self._accelerator.backward(loss)
+        # accelerate's context takes longer to enter than a small layer to run.
+        return nullcontext() if self.precision == "fp32" else self._accelerator.autocast()
 
     def broadcast(self, value: Any) -> Any:
         """Return the first process's value on every process."""

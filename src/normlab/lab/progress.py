@@ -21,7 +21,7 @@ from torch import Tensor
 from normlab.lab import records
 from normlab.lab.trial import Trial
 
-REFRESH_SECONDS = 0.25
+REFRESH_SECONDS = 0.5
 HEARTBEAT_SECONDS = 60.0
 
 
@@ -45,7 +45,7 @@ def watching(total_trials: int, console: Console) -> Iterator[Live | Lines]:
         TextColumn("eta"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
-        refresh_per_second=4,
+        refresh_per_second=2,
         transient=True,
     )
     with bars:

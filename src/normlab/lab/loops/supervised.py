@@ -137,7 +137,7 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
             with processes.autocast():
                 loss = loop.task.loss(forward(inputs), targets)
                 penalty = loop.method.penalty(model)
-            processes.backward(loss if penalty is None else loss + penalty)
+            (loss if penalty is None else loss + penalty).backward()
             optimizer.step()
         if measured:
             position.peak_memory_bytes = peak[0]
