@@ -105,7 +105,6 @@ def main() -> None:
                 "cores": os.cpu_count(),
                 "load_before": round(load, 2),
                 "chromium": chromium,
-                "plotly": version("plotly"),
                 "jinja2": version("jinja2"),
                 "playwright": version("playwright"),
             },

@@ -59,7 +59,6 @@ HOMES = {
     "datasets": "lab/tasks/hub.py",
     "jinja2": "lab/report/page.py",
     "optuna": "lab/tuning.py",
-    "plotly": "lab/report/plotly_script.py",
     "PIL": "lab/tasks/hub.py",
     "pydantic": "lab/study.py",
     "safetensors": "lab/checkpoint.py",

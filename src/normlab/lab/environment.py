@@ -16,7 +16,7 @@ import torch
 from normlab import __version__
 from normlab.lab.processes import Processes, device_name
 
-PACKAGES = ("torch", "numpy", "accelerate", "optuna", "scipy", "scikit-learn", "plotly")
+PACKAGES = ("torch", "numpy", "accelerate", "optuna", "scipy", "scikit-learn")
 
 
 def describe_environment(processes: Processes) -> dict[str, Any]:
