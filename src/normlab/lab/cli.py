@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -277,8 +277,7 @@ def _summarise(results: list[dict[str, Any]]) -> None:
         ended = result["status"] == records.FINISHED
         accuracies.setdefault(result["method"], [])
         accuracies[result["method"]] += [result["final_accuracy"]] if ended else []
-    key: Callable[[str], float] = lambda label: -_mean(accuracies[label])  # noqa: E731
-    for label in sorted(accuracies, key=key):
+    for label in sorted(accuracies, key=lambda label: -_mean(accuracies[label])):
         values = accuracies[label]
         count = sum(result["method"] == label for result in results)
         mean = f"{100 * _mean(values):6.2f} %" if values else "   none"

@@ -120,7 +120,7 @@ def _check(
         trial = Trial(study, method.label, study.seeds[0], study.training.lr, folder)
         setting = make_setting(trial, task, processes, 1, lambda _: None)
         try:
-            model, _ = prepare(trial, method, task, setting, processes)
+            prepare(trial, method, task, setting, processes)
         except Unsuitable as error:
             raise Unsuitable(f"{error} (method {method.label}, model {study.model.name})") from None
         if method.card.batch_of_one == "refuses" and study.training.batch_size == 1:
@@ -128,7 +128,6 @@ def _check(
                 f"compare(batch_size=1): expected methods that train on one sample, got "
                 f"{method.label}; leave it out or use a larger batch"
             )
-        del model
 
 
 def _write_study(
