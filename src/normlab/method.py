@@ -65,6 +65,8 @@ class Card:
         batch_of_one: ``"trains"``; ``"needs space"`` where a single sample must have more than one
             position per channel; ``"refuses"``.
         eval_differs: Whether evaluation computes another function than training.
+        keeps_evaluation: Whether a prepared model computes in evaluation mode what it did before,
+            so that a trained network may be converted without loss.
         stochastic: Whether the method draws random numbers in training.
         state: What it adds to a checkpoint beyond weights, in words.
         best_for: Whom it helps.
@@ -80,6 +82,7 @@ class Card:
     batch_statistics: bool = False
     batch_of_one: Literal["trains", "needs space", "refuses"] = "trains"
     eval_differs: bool = False
+    keeps_evaluation: bool = False
     stochastic: bool = False
     state: tuple[str, ...] = ()
     best_for: str = ""
@@ -300,6 +303,7 @@ def compose(methods: Iterable[Method]) -> Method:
         batch_statistics=any(card.batch_statistics for card in cards),
         batch_of_one=batch_of_one,
         eval_differs=any(card.eval_differs for card in cards),
+        keeps_evaluation=all(card.keeps_evaluation for card in cards),
         stochastic=any(card.stochastic for card in cards),
         state=tuple(state for card in cards for state in card.state),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 class Moments(NamedTuple):
@@ -31,6 +31,26 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """Return ``x`` in float32 if it has a half precision, for sums that half would lose."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def group_of_several(process_group: Any) -> Any:
+    """Return the process group to reduce over; None where this process is alone in it.
+
+    Args:
+        process_group: A group, or None for all processes.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    group = distributed.group.WORLD if process_group is None else process_group
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+def sum_over_processes(values: Tensor, group: Any) -> Tensor:
+    """Return the sum of ``values`` over the processes of ``group``, in one collective.
+
+    In backward each process gets the sum of all processes' gradients, in one more.
+    """
+    return _SumOverProcesses.apply(values, group)
 
 
 def check_channels(operation: str, x: Tensor, num_features: int) -> None:
@@ -60,6 +80,24 @@ def check_channels(operation: str, x: Tensor, num_features: int) -> None:
         )
 
 
+def check_count(operation: str, x: Tensor) -> None:
+    """Refuse input with a single value per channel, which always is its own mean.
+
+    Args:
+        operation: The layer's name, for the message.
+        x: The input ``(N, C, *)``.
+
+    Raises:
+        ValueError: In the form of the house.
+    """
+    if x.numel() <= x.shape[1]:
+        raise ValueError(
+            f"{operation}(input): expected more than one value per channel in training, got shape "
+            f"{tuple(x.shape)}; train with larger batches, call .eval(), or take a method that "
+            "trains on one sample, such as group-norm or batchless-norm"
+        )
+
+
 def batch_moments(x: Tensor, group: Any = None) -> Moments:
     """Return the moments of each channel over samples and space, over all processes if asked.
 
@@ -80,7 +118,7 @@ def batch_moments(x: Tensor, group: Any = None) -> Moments:
     exact = x.double()
     count = exact.new_full((1,), x.numel() // x.shape[1])
     sums = torch.cat([exact.sum(axes), exact.square().sum(axes), count])
-    sums = _SumOverProcesses.apply(sums, group)
+    sums = sum_over_processes(sums, group)
     total, squares, count = sums.split([x.shape[1], x.shape[1], 1])
     mean = total / count
     variance = (squares / count - mean.square()).clamp_min(0)
@@ -95,11 +133,11 @@ class _SumOverProcesses(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
         ctx.group = group
         total = values.clone()
-        torch.distributed.all_reduce(total, group=group)
+        distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].clone()
-        torch.distributed.all_reduce(total, group=ctx.group)
+        distributed.all_reduce(total, group=ctx.group)
         return total, None

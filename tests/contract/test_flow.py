@@ -52,7 +52,7 @@ def test_a_functional_relu_is_named_with_its_owner():
     model = nn.Sequential(Branching(functional=True))
     (call,) = trace_flow(model, torch.randn(2, 2, 3, 3)).functional_relus
     assert call.owner == "0"
-    assert call.source.module is model[0].norm
+    assert call.sources[0].module is model[0].norm
 
 
 def test_a_sum_that_a_container_returns_stays_a_sum():

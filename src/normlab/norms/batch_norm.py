@@ -17,11 +17,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab.method import Card, Method, Setting, Source
-from normlab.moments import Moments, batch_moments, check_channels, per_channel, wide
+from normlab.moments import (
+    Moments,
+    batch_moments,
+    check_channels,
+    check_count,
+    group_of_several,
+    per_channel,
+    wide,
+)
 from normlab.surgery.swap import batch_norms, swap
 
 
@@ -51,7 +59,7 @@ def batch_norm(
         >>> batch_norm(torch.tensor([[1.0], [2.0], [3.0], [4.0]])).flatten()
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
-    _check_count("batch_norm", x)
+    check_count("batch_norm", x)
     return _standardise(x, batch_moments(x), weight, bias, eps)
 
 
@@ -65,14 +73,6 @@ def _standardise(
     if bias is not None:
         y = y + per_channel(bias, x)
     return y.to(x.dtype)
-
-
-def _check_count(operation: str, x: Tensor) -> None:
-    if x.numel() <= x.shape[1]:
-        raise ValueError(
-            f"{operation}(input): expected more than one value per channel in training, got shape "
-            f"{tuple(x.shape)}; train with larger batches or call .eval()"
-        )
 
 
 class SynchronizedBatchNorm(_BatchNorm):
@@ -124,7 +124,7 @@ class SynchronizedBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input`` of shape ``(N, C, *)``."""
-        group = _group_of_several(self.process_group) if self.training else None
+        group = group_of_several(self.process_group) if self.training else None
         if group is None:
             return super().forward(input)
         # With a value from each of several processes there is always more than one.
@@ -149,16 +149,8 @@ class SynchronizedBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         check_channels("SynchronizedBatchNorm", input, self.num_features)
-        if self.training and _group_of_several(self.process_group) is None:
-            _check_count("SynchronizedBatchNorm", input)
-
-
-def _group_of_several(process_group: Any) -> Any:
-    """Return the group to reduce over; None where this process has no other beside it."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return None
-    group = distributed.group.WORLD if process_group is None else process_group
-    return group if distributed.get_world_size(group) > 1 else None
+        if self.training and group_of_several(self.process_group) is None:
+            check_count("SynchronizedBatchNorm", input)
 
 
 def synchronize(model: nn.Module, process_group: Any = None) -> nn.Module:
@@ -223,6 +215,7 @@ CARD = Card(
     batch_statistics=True,
     batch_of_one="needs space",
     eval_differs=True,
+    keeps_evaluation=True,
     state=("running mean and variance of each channel", "number of batches seen"),
     best_for="Batches of about 16 independent samples or more on one device.",
     limits=(

@@ -266,7 +266,7 @@ def prepare(model: nn.Module, setting: Setting) -> nn.Module:
                 replacements[module] = ThresholdedLinearUnit(channels.pop())
             else:
                 kept.append(name)
-    kept += [call.owner for call in flow.functional_relus if _follows_norm(call.source)]
+    kept += [relu.owner for relu in flow.functional_relus if _follows_norm(relu.sources[0])]
     if kept:
         setting.say(
             f"{len(kept)} ReLUs stay, because one module or function serves several places: "

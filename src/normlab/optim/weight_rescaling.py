@@ -379,6 +379,7 @@ CARD = Card(
         arxiv="2102.03497",
     ),
     batch_of_one="needs space",
+    keeps_evaluation=True,
     state=("the step counter, and the initial norms if target_norm is 'init'",),
     best_for="Networks with BatchNorm whose weight decay nobody wants to tune.",
     limits=(

@@ -288,6 +288,7 @@ CARD = Card(
         venue="JMLR 15:1929-1958",
     ),
     eval_differs=True,
+    keeps_evaluation=True,
     stochastic=True,
     best_for="Dense layers and small data.",
     limits=(

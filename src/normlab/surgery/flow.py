@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,50 +21,63 @@ from torch.overrides import TorchFunctionMode
 _ADDITIONS = {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__,
 }  # fmt: skip
-_RELUS = {
-    torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, nn.functional.relu, nn.functional.relu_,
-}  # fmt: skip
+_RELUS = ("relu", "relu_")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of one module during the pass.
 
     Attributes:
         name: The module's qualified name, ``""`` for the root; the first one if it has several.
         module: The module.
-        source: The call whose output is this call's first input; a `Sum` where that input was
-            added up; None where it comes from the user or from another function.
+        source: Where this call's first input was made: the call that returned it, a `Sum` where it
+            was added up, another `Operation`; None where it comes from the user.
         input_shape: The shape of the first tensor handed over, or None.
     """
 
     name: str
     module: nn.Module
-    source: Call | Sum | None
+    source: Source
     input_shape: torch.Size | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum:
-    """An addition of tensors, as closes a residual branch; ``terms`` are the known sources."""
+    """An addition of tensors, as closes a residual branch; ``terms`` are where they were made."""
 
-    terms: tuple[Call | Sum | None, ...]
+    terms: tuple[Source, ...]
 
 
-@dataclass(frozen=True)
-class FunctionCall:
-    """A ReLU called as a function rather than as a module: ``owner`` is the module that did it."""
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """A function of tensors other than an addition, called outside torch's own layers.
 
+    Attributes:
+        name: The function's name: ``"relu"``, ``"cat"``, ``"flatten"``.
+        owner: The qualified name of the module that called it.
+        sources: Where each of its tensors was made.
+    """
+
+    name: str
     owner: str
-    source: Call | Sum | None
+    sources: tuple[Source, ...]
+
+
+Source: TypeAlias = Call | Sum | Operation | None
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What one pass showed: every call of every module, in the order of their ends."""
+    """What one pass showed: every call of every module and function, in the order of their ends."""
 
     calls: tuple[Call, ...]
-    functional_relus: tuple[FunctionCall, ...]
+    operations: tuple[Operation, ...]
+
+    @property
+    def functional_relus(self) -> list[Operation]:
+        """The ReLUs called as functions rather than as modules."""
+        return [operation for operation in self.operations if operation.name in _RELUS]
 
     def of(self, module: nn.Module) -> list[Call]:
         """Return the calls of a module; a module used twice has two."""
@@ -115,7 +128,7 @@ def trace_flow(model: nn.Module, *inputs: Any) -> Flow:
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
         model(*inputs)
-    return Flow(tuple(recorder.calls), tuple(recorder.functional_relus))
+    return Flow(tuple(recorder.calls), tuple(recorder.operations))
 
 
 @contextmanager
@@ -134,12 +147,12 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.functional_relus: list[FunctionCall] = []
+        self.operations: list[Operation] = []
         self._model = model
-        self._sources: dict[int, Call | Sum] = {}
+        self._sources: dict[int, Call | Sum | Operation] = {}
         # Tensors are told apart by their address, so none may be freed during the pass.
         self._alive: list[Any] = []
-        self._inside: list[tuple[str, nn.Module, Call | Sum | None, torch.Size | None]] = []
+        self._inside: list[tuple[str, nn.Module, Source, torch.Size | None]] = []
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -175,11 +188,33 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _ADDITIONS and isinstance(result, Tensor):
-            terms = tuple(self._sources.get(id(t)) for t in args if isinstance(t, Tensor))
-            self._alive.append((args, result))
-            self._sources[id(result)] = Sum(terms)
-        elif func in _RELUS and self._inside and not isinstance(self._inside[-1][1], nn.ReLU):
-            source = self._sources.get(id(args[0]))
-            self.functional_relus.append(FunctionCall(self._inside[-1][0], source))
+        made = [one for one in _flat(result) if isinstance(one, Tensor)]
+        # torch's layers compute with functions, too: there the call of the layer says it all.
+        if made and not (self._inside and _is_layer_of_torch(self._inside[-1][1])):
+            given = [one for one in _flat((args, kwargs)) if isinstance(one, Tensor)]
+            sources = tuple(self._sources.get(id(one)) for one in given)
+            if func in _ADDITIONS:
+                source = Sum(sources)
+            else:
+                owner = self._inside[-1][0] if self._inside else ""
+                source = Operation(getattr(func, "__name__", ""), owner, sources)
+                self.operations.append(source)
+            self._alive.append((given, made))
+            self._sources.update((id(one), source) for one in made)
         return result
+
+
+def _is_layer_of_torch(module: nn.Module) -> bool:
+    own = type(module).__module__.startswith("torch.nn.modules")
+    return own and not any(True for _ in module.children())
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """Yield what stands in nested lists, tuples and dictionaries."""
+    if isinstance(values, dict):
+        values = tuple(values.values())
+    if isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _flat(value)
+    else:
+        yield values

@@ -169,7 +169,7 @@ def _normalisers_after(call: Call, flow: Flow) -> list[Call]:
         for other in flow.calls
         if other.source is call and not any(True for _ in other.module.children())
     ]
-    activated = [relu.source for relu in flow.functional_relus]
+    activated = [source for relu in flow.functional_relus for source in relu.sources]
     sums = [s for s in (*activated, *(c.source for c in flow.calls)) if isinstance(s, Sum)]
     for addition in sums:
         sums += [term for term in addition.terms if isinstance(term, Sum)]

@@ -228,7 +228,7 @@ def works_under_autocast(case: LayerCase) -> None:
         expected = _seeded(case.layer(), x)
         layer = case.layer()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = _seeded(layer, x)
+            y = _seeded(layer, x.requires_grad_())
         torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0.05)
         y.float().sum().backward()
         for name, parameter in layer.named_parameters():
@@ -238,7 +238,7 @@ def works_under_autocast(case: LayerCase) -> None:
 
 def accumulates_gradients(case: LayerCase) -> None:
     """Gradients of two backward passes add up, and two half batches give those of the whole."""
-    x = case.input(case.shapes[0], torch.float64)
+    x = case.input(case.shapes[0], torch.float64).requires_grad_()
 
     def gradients(*parts: Tensor) -> list[Tensor]:
         layer = case.layer().double()

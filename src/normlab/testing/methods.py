@@ -109,6 +109,19 @@ def evaluation_is_deterministic(case: MethodCase) -> None:
     torch.testing.assert_close(model(case.inputs[:1]), outputs[:1], atol=1e-4, rtol=1e-4)
 
 
+def keeps_evaluation_as_promised(case: MethodCase) -> None:
+    """Where the card promises it, preparing a trained model leaves its evaluation as it was."""
+    if not case.method.card.keeps_evaluation:
+        return
+    torch.manual_seed(0)
+    model = case.make_model().train()
+    for _ in range(3):
+        model(case.inputs)
+    expected = model.eval()(case.inputs)
+    actual = case.method.prepare(model, case.setting()).eval()(case.inputs)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 def batch_of_one_is_as_promised(case: MethodCase) -> None:
     """One sample trains, or is refused, as the card says; a BatchNorm that stays may refuse."""
     model = case.prepared().train()
@@ -154,6 +167,7 @@ METHOD_CHECKS: tuple[Callable[[MethodCase], None], ...] = (
     groups_hold_every_parameter_once,
     training_lowers_the_loss,
     evaluation_is_deterministic,
+    keeps_evaluation_as_promised,
     batch_of_one_is_as_promised,
     a_checkpoint_holds_everything,
     preparing_is_repeatable,
