@@ -5,10 +5,11 @@ Activations are ``(N, C, *)``: samples, channels, then any number of spatial axe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 
 class Moments(NamedTuple):
@@ -96,6 +97,29 @@ def check_count(operation: str, x: Tensor) -> None:
             f"{tuple(x.shape)}; train with larger batches, call .eval(), or take a method that "
             "trains on one sample, such as group-norm or batchless-norm"
         )
+
+
+def refuse_broken_statistics(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Refuse to load statistics that are not finite, or variances below 0, into a layer.
+
+    For ``layer.register_load_state_dict_pre_hook(refuse_broken_statistics)``: it looks at each
+    floating point buffer of the layer; one whose name ends in ``_var`` is a variance.
+
+    Raises:
+        ValueError: With the name of the buffer. The layer is not changed then.
+    """
+    for name, buffer in module.named_buffers(recurse=False):
+        values = state_dict.get(prefix + name)
+        if values is None or values.is_meta or not torch.is_floating_point(buffer):
+            continue
+        if not torch.isfinite(values).all() or (name.endswith("_var") and (values < 0).any()):
+            raise ValueError(
+                f"{type(module).__name__}.load_state_dict({prefix + name}): expected finite "
+                f"statistics and no negative variance, got {values.min()} to {values.max()}; take "
+                "a checkpoint from before the training diverged"
+            )
 
 
 def batch_moments(x: Tensor, group: Any = None) -> Moments:

@@ -1,11 +1,17 @@
 """The shared formulas against sums made by hand."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from normlab.moments import batch_moments, check_channels, per_channel, wide
+from normlab.norms.batch_norm import SynchronizedBatchNorm
 
 
 @given(shape=st.lists(st.integers(1, 4), min_size=2, max_size=5), seed=st.integers(0, 99))
@@ -36,6 +42,23 @@ def test_views_broadcast_over_channels():
     x = torch.zeros(2, 3, 4, 5)
     assert (x + per_channel(torch.arange(3.0), x))[1, 2, 3, 4] == 2.0
     assert per_channel(torch.arange(3.0), torch.zeros(2, 3)).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("running_mean", math.nan), ("running_var", -1.0), ("running_var", math.inf)],
+)
+def test_broken_statistics_are_not_loaded(name, value):
+    model = nn.Sequential(SynchronizedBatchNorm(2))
+    state = model.state_dict()
+    state[f"0.{name}"] = torch.tensor([1.0, value])
+    message = rf"SynchronizedBatchNorm\.load_state_dict\(0\.{name}\): expected finite statistics"
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(state)
+    assert torch.equal(model[0].running_mean, torch.zeros(2))
+    state[f"0.{name}"] = torch.tensor([1.0, 2.0])
+    copy.deepcopy(model).load_state_dict(state)
+    pickle.loads(pickle.dumps(model)).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from normlab.moments import (
     check_count,
     group_of_several,
     per_channel,
+    refuse_broken_statistics,
     wide,
 )
 from normlab.surgery.swap import batch_norms, swap
@@ -102,7 +103,8 @@ class SynchronizedBatchNorm(_BatchNorm):
 
     Raises:
         ValueError: At the call for input of another number of channels, of integers, or empty,
-            and in training for a single value per channel over all processes.
+            and in training for a single value per channel over all processes; at loading for
+            statistics that are not finite or a negative variance.
 
     Example:
         >>> layer = SynchronizedBatchNorm(8)
@@ -121,6 +123,7 @@ class SynchronizedBatchNorm(_BatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.process_group = process_group
+        self.register_load_state_dict_pre_hook(refuse_broken_statistics)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input`` of shape ``(N, C, *)``."""
