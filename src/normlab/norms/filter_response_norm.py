@@ -16,14 +16,16 @@ Departs:
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections import Counter
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Group, Method, Setting, Source, split_groups
-from normlab.moments import check_channels, per_channel, wide
-from normlab.surgery.flow import Flow, Sum, trace_flow
+from normlab.moments import check_channels
+from normlab.norms.filter_response_unit import filter_response_unit, thresholded_linear_unit
+from normlab.surgery.flow import Call, Flow, Sum, trace_flow
 from normlab.surgery.swap import BATCH_NORMS, batch_norms, keep_affine, swap
 
 
@@ -49,27 +51,7 @@ def filter_response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: Tensor | 
         >>> filter_response_norm(x, torch.ones(1), torch.zeros(1), 1e-6)
         tensor([[[1.2000, 1.6000, 0.0000, 0.0000]]])
     """
-    full = wide(x)
-    axes = list(range(2, x.dim()))
-    # torch reads an empty list of axes as "all of them".
-    mean_square = full.square().mean(axes, keepdim=True) if axes else full.square()
-    if isinstance(eps, Tensor):
-        eps = per_channel(eps, x)
-    normalised = full * torch.rsqrt(mean_square + eps)
-    return (per_channel(weight, x) * normalised + per_channel(bias, x)).to(x.dtype)
-
-
-def thresholded_linear_unit(x: Tensor, threshold: Tensor) -> Tensor:
-    r"""Return :math:`\max(x, \tau)` with one learnt threshold per channel.
-
-    Args:
-        x: Activations ``(N, C, *)``.
-        threshold: The threshold tau ``(C,)``. At a tie each side takes half of the gradient.
-
-    Returns:
-        A tensor like ``x``.
-    """
-    return torch.maximum(x, per_channel(threshold, x).to(x.dtype))
+    return filter_response_unit(x, weight, bias, eps)
 
 
 class FilterResponseNorm(nn.Module):
@@ -130,11 +112,15 @@ class FilterResponseNorm(nn.Module):
         if self.eps_l is not None:
             nn.init.constant_(self.eps_l, self.eps_init)
 
+    @property
+    def all_eps(self) -> Tensor | float:
+        """What is added to the mean square: ``eps``, and the learnt share where there is one."""
+        return self.eps if self.eps_l is None else self.eps + self.eps_l.abs()
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` of shape ``(N, C, *)``."""
         check_channels("FilterResponseNorm", x, self.num_features)
-        eps = self.eps if self.eps_l is None else self.eps + self.eps_l.abs()
-        return filter_response_norm(x, self.weight, self.bias, eps)
+        return filter_response_norm(x, self.weight, self.bias, self.all_eps)
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print``."""
@@ -153,7 +139,7 @@ class ThresholdedLinearUnit(nn.Module):
 
     Example:
         >>> ThresholdedLinearUnit(2)(torch.tensor([[-1.0, 2.0]]))
-        tensor([[0., 2.]], grad_fn=<MaximumBackward0>)
+        tensor([[0., 2.]], grad_fn=<_ThresholdedLinearUnitBackward>)
     """
 
     def __init__(self, num_features: int, init: float = 0.0) -> None:
@@ -173,6 +159,9 @@ class ThresholdedLinearUnit(nn.Module):
 
 class FRN(nn.Sequential):
     """`FilterResponseNorm` and `ThresholdedLinearUnit` in one: put it where BN and ReLU stood.
+
+    Both are computed in one step that keeps one tensor for backward instead of two; a child that
+    has hooks, a parametrisation or a replacement is called by itself.
 
     Args:
         num_features: The number of channels C.
@@ -197,6 +186,23 @@ class FRN(nn.Sequential):
             FilterResponseNorm(num_features, eps, learn_eps=learn_eps, spatial_dims=spatial_dims),
             ThresholdedLinearUnit(num_features),
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input`` of shape ``(N, C, *)`` and take the threshold, in one step."""
+        norm, unit = self[0], self[-1]
+        if not (isinstance(norm, FilterResponseNorm) and isinstance(unit, ThresholdedLinearUnit)):
+            return super().forward(input)
+        if len(self) != 2 or not (_is_untouched(norm) and _is_untouched(unit)):
+            return super().forward(input)
+        check_channels("FRN", input, norm.num_features)
+        return filter_response_unit(input, norm.weight, norm.bias, norm.all_eps, unit.threshold)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a module is just what this file says: nothing listens to it or parametrises it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    ours = type(module) in (FilterResponseNorm, ThresholdedLinearUnit)
+    return ours and not any(hooks) and not module._backward_pre_hooks
 
 
 def ramp_up_factor(
@@ -251,30 +257,85 @@ def from_batch_norm(norm: nn.Module, spatial_dims: int) -> FilterResponseNorm:
 
 
 def prepare(model: nn.Module, setting: Setting) -> nn.Module:
-    """Replace each BatchNorm by FRN, and each ReLU after it or after a residual sum by TLU."""
+    """Replace each BatchNorm by FRN, and each ReLU after it or after a residual sum by TLU.
+
+    Where a ReLU, in all of its places, is the only reader of the BatchNorm before it, `FRN` takes
+    the norm's place with a threshold of its own and the ReLU becomes an identity. A ReLU that
+    also serves a residual sum or another layer stays a ReLU: there is no one threshold for it.
+    """
     norms = batch_norms(model, "filter-response-norm")
-    flow = trace_flow(model, setting.batches[0][0][:2])
+    flow = _trace(model, setting.batches[0][0][:2])
     replacements: dict[nn.Module, nn.Module] = {
         norm: from_batch_norm(norm, _spatial_dims(flow, norm)) for norm in norms.values()
     }
-    kept = []
+    joined = _alone_after_norms(flow)
+    kept, units = [], 0
     for name, module in model.named_modules():
         calls = flow.of(module)
-        if type(module) is nn.ReLU and any(_follows_norm(call.source) for call in calls):
-            channels = {call.input_shape[1] for call in calls if call.input_shape is not None}
-            if len(calls) == 1:
-                replacements[module] = ThresholdedLinearUnit(channels.pop())
-            else:
-                kept.append(name)
+        if type(module) is not nn.ReLU or not any(_follows_norm(call.source) for call in calls):
+            continue
+        channels = [call.input_shape[1] for call in calls if call.input_shape is not None]
+        if module in joined:
+            for norm in joined[module]:
+                norm_and_unit = FRN(channels[0])
+                norm_and_unit[0] = replacements[norm]
+                replacements[norm] = norm_and_unit
+            replacements[module] = nn.Identity()
+            units += len(joined[module])
+        elif len(calls) == 1:
+            replacements[module] = ThresholdedLinearUnit(channels[0])
+            units += 1
+        else:
+            kept.append(name)
     kept += [relu.owner for relu in flow.functional_relus if _follows_norm(relu.sources[0])]
     if kept:
         setting.say(
             f"{len(kept)} ReLUs stay, because one module or function serves several places: "
             + ", ".join(sorted(set(kept)))
         )
-    units = sum(isinstance(new, ThresholdedLinearUnit) for new in replacements.values())
-    setting.say(f"{len(norms)} BatchNorm layers became FRN, {units} ReLUs became TLU")
+    setting.say(
+        f"{len(norms)} BatchNorm layers became FRN, {units} ReLUs became TLU, "
+        f"{sum(map(len, joined.values()))} of them in the norm's place"
+    )
     return swap(model, replacements)
+
+
+def _trace(model: nn.Module, inputs: Tensor) -> Flow:
+    """Trace the flow, in which what the model returns has a reader as well."""
+
+    def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            output.detach()
+        elif isinstance(output, (list, tuple, dict)):
+            for value in output.values() if isinstance(output, dict) else output:
+                read(_module, _inputs, value)
+
+    handle = model.register_forward_hook(read)
+    try:
+        return trace_flow(model, inputs)
+    finally:
+        handle.remove()
+
+
+def _alone_after_norms(flow: Flow) -> dict[nn.Module, list[nn.Module]]:
+    """Return each ReLU whose every place is right after a norm that nothing else reads."""
+    # What a container takes is read by what stands in it.
+    sources = [c.source for c in flow.calls if not any(True for _ in c.module.children())]
+    sources += [source for operation in flow.operations for source in operation.sources]
+    readers: Counter[object] = Counter()
+    while sources:
+        source = sources.pop()
+        readers[source] += 1
+        if isinstance(source, Sum):
+            sources += source.terms
+    found = {}
+    for relu in {call.module for call in flow.calls if type(call.module) is nn.ReLU}:
+        before = [call.source for call in flow.of(relu)]
+        norms = [source.module for source in before if isinstance(source, Call)]
+        once = all(len(flow.of(norm)) == 1 and type(norm) in BATCH_NORMS for norm in norms)
+        if len(norms) == len(before) and once and all(readers[one] == 1 for one in before):
+            found[relu] = norms
+    return found
 
 
 def _spatial_dims(flow: Flow, norm: nn.Module) -> int:
