@@ -9,6 +9,7 @@ from normlab.lab.statistics import (
     confidence_interval,
     default_targets,
     holm,
+    one_sided_paired_test,
     paired_test,
     steps_to_target,
 )
@@ -78,6 +79,46 @@ def test_where_the_test_is_not_defined(method, reference, difference, p_value, r
     assert (test.reason is None) if reason is None else (reason in test.reason)
 
 
+def test_one_sided_test_of_five_pairs():
+    """Computed in closed form for four degrees of freedom; close, but not significant."""
+    method = [91.7, 93.4, 92.2, 90.0, 91.9]
+    reference = [91.0, 92.7, 92.2, 90.1, 91.5]
+    test = one_sided_paired_test(method, reference)
+    assert test.t == pytest.approx(2.0104621, abs=5e-8)
+    assert test.p_value == pytest.approx(0.0573692, abs=5e-8)
+    assert not test.significant
+    exchanged = one_sided_paired_test(reference, method)
+    assert exchanged.t == pytest.approx(-test.t)
+    assert exchanged.p_value == pytest.approx(1 - test.p_value)
+    assert not exchanged.significant
+
+
+@pytest.mark.parametrize("count", [2, 3, 15])
+@pytest.mark.parametrize("gain", [-0.05, 0.0, 0.05])
+def test_one_sided_test_is_scipys(count, gain):
+    generator = np.random.default_rng(count)
+    method, reference = generator.normal(0.9, 0.02, (2, count))
+    test = one_sided_paired_test(list(method + gain), list(reference))
+    expected = stats.ttest_rel(method + gain, reference, alternative="greater")
+    assert test.t == pytest.approx(expected.statistic, rel=1e-9)
+    assert test.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert test.significant == (expected.pvalue <= 0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "reference", "t", "p_value", "reason"),
+    [
+        ([0.9], [0.8], None, None, "one shared seed"),
+        ([0.9, 0.7], [0.8, 0.6], None, None, "same on every seed"),
+        ([0.9, 0.7], [0.9, 0.7], 0.0, 0.5, None),
+    ],
+)
+def test_where_the_one_sided_test_is_not_defined(method, reference, t, p_value, reason):
+    test = one_sided_paired_test(method, reference)
+    assert (test.t, test.p_value, test.significant) == (t, p_value, False)
+    assert (test.reason is None) if reason is None else (reason in test.reason)
+
+
 def test_holm_by_hand():
     # 0.01 * 4, 0.02 * 3, then 0.04 * 2 = 0.08 and 0.045 * 1, lifted to 0.08.
     assert holm([0.04, 0.01, 0.045, 0.02]) == pytest.approx([0.08, 0.04, 0.08, 0.06])
@@ -123,6 +164,9 @@ def test_default_targets_are_fractions_of_the_reference():
         (lambda: confidence_interval([0.1, 0.2], 95), r"confidence_interval\(level=95\)"),
         (lambda: paired_test({0: math.inf}, {0: 1.0}), r"paired_test\(method\): expected finite"),
         (lambda: paired_test({}, {}, 1.0), r"paired_test\(level=1.0\): expected a fraction"),
+        (lambda: one_sided_paired_test([0.1, 0.2], [0.1]), r"for each value, got 2 and 1; leave"),
+        (lambda: one_sided_paired_test([], []), r"for each value, got 0 and 0; leave"),
+        (lambda: one_sided_paired_test([0.1], [math.nan]), r"\(reference\): expected finite"),
         (lambda: holm([1.2]), r"holm\(p_values\): expected values in \[0, 1\] or None, got 1.2"),
         (lambda: steps_to_target([], 95), r"steps_to_target\(target=95\): .* give 0.95"),
         (lambda: default_targets(97), r"default_targets\(reference_best=97\): expected"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 LEVEL = 0.95
 """The confidence level of every interval in the report."""
@@ -41,6 +42,15 @@ class PairedTest:
     difference: float | None
     interval: tuple[float, float] | None
     p_value: float | None
+    reason: str | None
+
+
+class OneSidedTest(NamedTuple):
+    """Whether a method is better: t and p-value (None where undefined), p at most `ALPHA`, why."""
+
+    t: float | None
+    p_value: float | None
+    significant: bool
     reason: str | None
 
 
@@ -161,6 +171,42 @@ def paired_test(
 
     p_value = 2.0 * float(stdtr(len(shared) - 1, -abs(mean / error)))
     return PairedTest(len(shared), mean, interval, min(p_value, 1.0), None)
+
+
+def one_sided_paired_test(method: Sequence[float], reference: Sequence[float]) -> OneSidedTest:
+    r"""Test whether a method is better than the reference, pair by pair.
+
+    .. math:: t = \bar d \,/\, (s_d / \sqrt n), \qquad p = 1 - F_{n-1}(t)
+
+    Exchanging the two gives 1 - p. Where `paired_test` has no p-value, there is none here.
+
+    Args:
+        method: One value for each pair (a seed, a fold), finite; larger is better.
+        reference: The reference's values in the same order.
+
+    Returns:
+        Statistic, p-value and verdict.
+
+    Raises:
+        ValueError: The lengths differ, there is no pair, or a value is not finite.
+
+    Example:
+        >>> test = one_sided_paired_test([0.95, 0.97, 0.96], [0.93, 0.94, 0.95])
+        >>> round(test.t, 3), round(test.p_value, 4), test.significant
+        (3.464, 0.0371, True)
+    """
+    if len(method) != len(reference) or not len(method):
+        raise ValueError(
+            "one_sided_paired_test(method, reference): expected one reference value for each "
+            f"value, got {len(method)} and {len(reference)}; leave out what has no partner"
+        )
+    two_sided = paired_test(dict(enumerate(method)), dict(enumerate(reference)))
+    if two_sided.p_value is None:
+        return OneSidedTest(None, None, False, two_sided.reason)
+    mean, error = _mean_and_error([one - two for one, two in zip(method, reference, strict=True)])
+    t = mean / error if two_sided.difference else 0.0
+    p_value = two_sided.p_value / 2 if t >= 0 else 1.0 - two_sided.p_value / 2
+    return OneSidedTest(t, p_value, p_value <= ALPHA, None)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
