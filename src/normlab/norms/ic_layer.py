@@ -35,6 +35,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
 from normlab.moments import check_channels
+from normlab.norms.ic_rearrange import rearrange
 from normlab.surgery.flow import evaluating
 from normlab.surgery.residual import ResidualNetwork, find_residual_network
 from normlab.surgery.swap import BATCH_NORMS, adopt
@@ -201,37 +202,59 @@ def prepare(
     drop_prob: float = 0.05,
     granularity: str = "element",
 ) -> nn.Module:
-    """Build the network anew from its weight layers, with an IC layer before each but the first.
+    """Feed every weight layer but the first by an IC layer.
+
+    A ResNet in the manner of torchvision and nested nn.Sequentials of plain layers are built anew
+    in the paper's order; any other model is changed in place (`normlab.norms.ic_rearrange`).
 
     Args:
-        model: A ResNet in the manner of torchvision, or nested nn.Sequentials of plain layers. Its
-            weight layers are taken over; it is not to be used afterwards.
+        model: The model, whose weight layers are taken over; it is not to be used afterwards.
         setting: The first batch serves to see what the model computes.
         stacking: As in `IndependentComponentUnit`. In a network without shortcuts the three differ
-            only where a pool stands in front of a convolution.
+            only where a pool stands in front of a convolution; a model that keeps its own order
+            has the first only.
         drop_prob: As in `IndependentComponent`.
         granularity: As in `drop_neurons`.
 
     Returns:
-        A new nn.Sequential.
+        A new nn.Sequential, or the model.
 
     Raises:
-        Unsuitable: The model is of another kind.
+        Unsuitable: The model has no place for an IC layer.
         ValueError: An option has no such value.
     """
     stacking = _read_stacking("ic-layer", stacking)
     _check_dropout("ic-layer", drop_prob, granularity)
     dropout = {"drop_prob": drop_prob, "granularity": granularity}
     example = setting.batches[0][0][:2]
-    if isinstance(model, nn.Sequential):
-        new = adopt(_chain(model, stacking, dropout), model)
-        _check_runs(new, example)
-    else:
-        network = find_residual_network(model, example, "ic-layer")
-        new = adopt(_residual(network, stacking, dropout), model)
+    try:
+        if isinstance(model, nn.Sequential):
+            new = adopt(_chain(model, stacking, dropout), model)
+            _check_runs(new, example)
+        else:
+            network = find_residual_network(model, example, "ic-layer")
+            new = adopt(_residual(network, stacking, dropout), model)
+    except Unsuitable:
+        # Only the paper's default order can be had without building the network anew.
+        if stacking != STACKINGS["A"]:
+            raise
+        return _in_place(model, example, dropout, setting)
     count = sum(isinstance(module, IndependentComponent) for module in new.modules())
     setting.say(f"{count} IC layers stand in front of the weight layers, in the order {stacking}")
     return new
+
+
+def _in_place(
+    model: nn.Module, example: Tensor, dropout: dict[str, Any], setting: Setting
+) -> nn.Module:
+    def component(num_features: int, spatial_dims: int) -> IndependentComponent:
+        return IndependentComponent(num_features, spatial_dims=spatial_dims, **dropout)
+
+    model, count, skipped = rearrange(model, example, component)
+    setting.say(f"{count} IC layers stand in front of weight layers, in the model's own order")
+    for reason, several in groupby(sorted(skipped, key=skipped.__getitem__), skipped.__getitem__):
+        setting.say(f"without one, because {reason}: {', '.join(several)}")
+    return model
 
 
 def _residual(network: ResidualNetwork, stacking: str, dropout: dict[str, Any]) -> nn.Sequential:
@@ -372,7 +395,8 @@ CARD = Card(
     best_for="Convolutional classifiers with ordinary batch sizes.",
     limits=(
         "All of batch normalisation's dependence on the batch stays: no cure for small batches.",
-        "Only ResNets with torchvision's names and sequences of plain layers are rebuilt.",
+        "Only ResNets with torchvision's names and sequences of plain layers get the paper's "
+        "order; other models keep their own, with IC layers in it.",
         "At zero-mean inputs a drop_prob of 0.05 removes 5 % of each correlation, not all of it.",
     ),
     departures=(
