@@ -22,6 +22,7 @@ REFUSED = {
     ("instance-norm", "mlp"): "one position",
     ("fixup", "mlp"): "residual",
     ("fixup", "plain-conv"): "residual",
+    **{("class-norm", model): "ClassEmbedder" for model in MODELS},
 }
 
 LABELS = [

@@ -22,10 +22,10 @@ ALLOWED = {
     "growth": (*GROUND, *ROOMS),
     "instruments": ("surgery",),
     "catalog": ("method", *ROOMS, "quantized", "growth"),
-    "convert": ("catalog", *GROUND),
+    "conversion": ("catalog", *GROUND),
     "testing": ("catalog", *GROUND),
     "__main__": ("lab.cli",),
-    "lab": ("", *GROUND, *ROOMS, "catalog", "convert", "instruments"),
+    "lab": ("", *GROUND, *ROOMS, "catalog", "conversion", "instruments"),
 }
 
 # The same within the workbench.
@@ -45,6 +45,7 @@ ALLOWED_IN_LAB = {
     "study": ("schedules",),
     "loops": ("batches", "checkpoint", "memory", "processes", "records", "schedules", "tasks"),
     "trial": ("batches", "checkpoint", "loops", "models", "processes", "records", "study", "tasks"),
+    "convert_verb": ("checkpoint", "models"),
     "engines": ("loops", "processes", "tasks", "trial"),
     "tuning": ("loops", "processes", "records", "study", "tasks", "trial"),
     "progress": ("records", "trial"),
