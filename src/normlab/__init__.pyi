@@ -1,5 +1,11 @@
 from normlab.catalog import METHODS as METHODS
 from normlab.catalog import find_method as find_method
+from normlab.conversion import convert as convert
+from normlab.conversion import fold as fold
+from normlab.conversion import freeze as freeze
+from normlab.inits.bn_init import bn_init_ as bn_init_
+from normlab.inits.bn_init import param_groups as param_groups
+from normlab.inits.bn_init_recipe import online_input_norm as online_input_norm
 from normlab.inits.fixup import Branch as Branch
 from normlab.inits.fixup import fixup_ as fixup_
 from normlab.inits.fixup_blocks import FixupBasicBlock as FixupBasicBlock
@@ -16,14 +22,38 @@ from normlab.method import Source as Source
 from normlab.method import Unsuitable as Unsuitable
 from normlab.method import compose as compose
 from normlab.method import split_groups as split_groups
+from normlab.norms.accumulated_batch_norm import backward_jointly as backward_jointly
+from normlab.norms.accumulated_batch_norm import forward_jointly as forward_jointly
+from normlab.norms.batch_kalman_norm import BatchKalmanNorm as BatchKalmanNorm
+from normlab.norms.batch_layer_norm import BatchLayerNorm as BatchLayerNorm
+from normlab.norms.batch_layer_norm import population_epoch as population_epoch
+from normlab.norms.batch_layer_statistics import Population as Population
 from normlab.norms.batch_norm import SynchronizedBatchNorm as SynchronizedBatchNorm
 from normlab.norms.batch_norm import synchronize as synchronize
+from normlab.norms.batchless_norm import BatchlessNorm as BatchlessNorm
+from normlab.norms.batchless_norm import collect_losses as collect_losses
+from normlab.norms.batchless_norm import restart_from_data as restart_from_data
+from normlab.norms.batchless_norm import start_from_data as start_from_data
+from normlab.norms.batchless_norm import statistics_parameters as statistics_parameters
+from normlab.norms.class_norm import ClassEmbedder as ClassEmbedder
+from normlab.norms.class_norm import PrototypeClassifier as PrototypeClassifier
+from normlab.norms.class_norm import normalize_attributes as normalize_attributes
+from normlab.norms.class_norm import prototype_logits as prototype_logits
+from normlab.norms.class_standardization import ClassStandardization as ClassStandardization
+from normlab.norms.cross_iteration_batch_norm import (
+    CrossIterationBatchNorm as CrossIterationBatchNorm,
+)
+from normlab.norms.cross_iteration_batch_norm import (
+    cross_iteration_batch_norm as cross_iteration_batch_norm,
+)
 from normlab.norms.filter_response_norm import FRN as FRN
 from normlab.norms.filter_response_norm import FilterResponseNorm as FilterResponseNorm
 from normlab.norms.filter_response_norm import ThresholdedLinearUnit as ThresholdedLinearUnit
 from normlab.norms.filter_response_norm import ramp_up_factor as ramp_up_factor
+from normlab.norms.ghost_batch_norm import GhostBatchNorm as GhostBatchNorm
 from normlab.norms.ic_layer import IndependentComponent as IndependentComponent
 from normlab.norms.ic_layer import IndependentComponentUnit as IndependentComponentUnit
+from normlab.norms.kalman_filter import Posterior as Posterior
 from normlab.norms.none import ChannelBias as ChannelBias
 from normlab.optim.weight_rescaling import WeightRescaler as WeightRescaler
 from normlab.optim.weight_rescaling import equivalent_lr as equivalent_lr
@@ -31,7 +61,13 @@ from normlab.optim.weight_rescaling import rescale_ as rescale_
 from normlab.regularizers.dropout import GaussianDropout as GaussianDropout
 from normlab.regularizers.dropout import monte_carlo as monte_carlo
 from normlab.regularizers.dropout import project_max_norm_ as project_max_norm_
+from normlab.surgery.conversion import Conversion as Conversion
+from normlab.surgery.conversion import Unproven as Unproven
 from normlab.surgery.flow import trace_flow as trace_flow
+from normlab.surgery.fold_exported import fold_exported as fold_exported
+from normlab.surgery.freeze import FrozenBatchNorm as FrozenBatchNorm
+from normlab.surgery.freeze import unfreeze as unfreeze
+from normlab.surgery.plan import Plan as Plan
 from normlab.surgery.recalibrate import recalibrate as recalibrate
 from normlab.surgery.scale_free import find_scale_free_weights as find_scale_free_weights
 from normlab.surgery.swap import swap as swap

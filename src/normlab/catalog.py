@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from normlab.inits import fixup
+from normlab.inits import bn_init, fixup
 from normlab.method import Method, compose
 from normlab.norms import (
+    batch_kalman_norm,
+    batch_layer_norm,
     batch_norm,
+    batchless_norm,
+    class_norm,
+    cross_iteration_batch_norm,
     filter_response_norm,
+    ghost_batch_norm,
     group_norm,
     ic_layer,
     instance_norm,
@@ -29,15 +35,23 @@ METHODS: tuple[Method, ...] = (
     fixup.METHOD,
     weight_rescaling.METHOD,
     dropout.METHOD,
+    bn_init.METHOD,
+    class_norm.METHOD,
+    batch_layer_norm.METHOD,
+    cross_iteration_batch_norm.METHOD,
+    batch_kalman_norm.METHOD,
+    batchless_norm.METHOD,
+    ghost_batch_norm.METHOD,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 
 
-def find_method(text: str) -> Method:
+def find_method(text: str, besides: tuple[str, ...] = ()) -> Method:
     """Return the method that ``text`` names.
 
     Args:
         text: ``name``, ``name:option=value,option=value``, or several of these joined by ``+``.
+        besides: Further names that the caller knows, for the message about an unknown one.
 
     Returns:
         The method with its options set.
@@ -49,16 +63,17 @@ def find_method(text: str) -> Method:
         >>> find_method("filter-response-norm").card.source.arxiv
         '1911.09737'
     """
-    return compose(_find_one(part.strip()) for part in text.split("+"))
+    return compose(_find_one(part.strip(), besides) for part in text.split("+"))
 
 
-def _find_one(text: str) -> Method:
+def _find_one(text: str, besides: tuple[str, ...]) -> Method:
     name, _, tail = text.partition(":")
     methods = {method.card.name: method for method in METHODS}
     if name not in methods:
-        near = get_close_matches(name, methods, n=1, cutoff=0.0)
+        known = [*methods, *besides]
+        near = get_close_matches(name, known, n=1, cutoff=0.0)
         raise ValueError(
-            f"method({name!r}): expected one of {', '.join(methods)}; got {name!r}; "
+            f"method({name!r}): expected one of {', '.join(known)}; got {name!r}; "
             f"do you mean {near[0]!r}?"
         )
     options = {}

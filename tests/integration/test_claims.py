@@ -5,16 +5,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from normlab.lab import claims
 from normlab.lab import compare as comparison
+from normlab.lab.batches import evaluation_batches
+from normlab.lab.checkpoint import WEIGHTS, load_weights
 from normlab.lab.claims import (
+    batch_kalman_norm,
+    batch_layer_norm,
     batch_norm,
+    batchless_norm,
+    bn_init,
+    cross_iteration_bn,
     filter_response_norm,
     fixup,
     ic_layer,
     ledger,
+    micro_batches,
+    recalibration,
+    small_batches,
     verb,
     weight_rescaling,
 )
@@ -32,9 +43,12 @@ from normlab.lab.claims.claim import (
 )
 from normlab.lab.claims.measures import final_accuracies, judge_difference
 from normlab.lab.compare import compare as original_compare
-from normlab.lab.records import RunRecord, TrialRecord
+from normlab.lab.models import build_model
+from normlab.lab.records import RunRecord, TrialRecord, read_run, trial_folder
 from normlab.lab.statistics import share_interval
 from normlab.lab.study import ModelChoice, Study, TaskChoice, Training
+from normlab.lab.tasks import load_task
+from normlab.lab.tasks.task import limit
 
 REPOSITORY = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -424,3 +438,225 @@ def test_ledger_in_the_repository_is_up_to_date():
     assert page == ledger.ledger_text(REPOSITORY / "evidence"), (
         "do run `python -m normlab.lab.claims.ledger evidence docs/ledger.md`"
     )
+
+
+# -- small batches, scale initialisation, recalibration -------------------------------------------
+
+SMALL_BATCH_CLAIMS = (batch_layer_norm.CLAIM, batch_kalman_norm.CLAIM, cross_iteration_bn.CLAIM)
+
+
+def small_batch_runs(method, own, batch, large):
+    """Return runs at 2 and 4, accuracies given in that order, and one of the reference at 32."""
+    return {
+        f"batch-{size}": made_up(level(method, one) | level("batch-norm", other))
+        for size, one, other in zip((2, 4), own, batch, strict=True)
+    } | {"batch-32": made_up(level("batch-norm", large))}
+
+
+@pytest.mark.parametrize("claim", SMALL_BATCH_CLAIMS, ids=lambda claim: claim.name)
+def test_small_batch_findings_go_both_ways(claim):
+    (part,) = claim.parts
+
+    def found(own, batch, large):
+        return part.measure(small_batch_runs(claim.method, own, batch, large))
+
+    good = found((0.79, 0.80), (0.60, 0.70), 0.80)
+    assert verdicts(good) == [HOLDS] * 4
+    assert [finding.statement for finding in good] == [bound.statement for bound in part.bounds]
+    assert [finding.measured for finding in good] == pytest.approx([19.0, -1.0, 10.0, 0.0])
+    assert verdicts(found((0.59, 0.69), (0.60, 0.70), 0.80)) == [FAILS] * 4
+    # Each batch is judged by its own run: ahead at 2 but far from 32, near 32 at 4 but behind.
+    assert verdicts(found((0.70, 0.79), (0.60, 0.80), 0.80)) == [HOLDS, FAILS, FAILS, HOLDS]
+    assert verdicts(found((None, None), (0.60, 0.70), 0.80)) == [FAILS] * 4
+    assert good[0].details["batch-32"]["batch-norm"]["accuracy"] == pytest.approx(80, abs=0.5)
+
+
+def test_small_batch_findings_miss_only_what_is_missing():
+    claim = SMALL_BATCH_CLAIMS[0]
+    runs = small_batch_runs(claim.method, (0.79, 0.80), (0.60, 0.70), 0.80)
+    del runs["batch-32"].trials[0]
+    assert verdicts(claim.parts[0].measure(runs)) == [HOLDS, UNDECIDED, HOLDS, UNDECIDED]
+    runs = small_batch_runs(claim.method, (0.79, 0.80), (0.60, 0.70), 0.80)
+    runs["batch-2"].trials.remove(
+        next(t for t in runs["batch-2"].trials if t.method != "batch-norm")
+    )
+    assert verdicts(claim.parts[0].measure(runs)) == [UNDECIDED, UNDECIDED, HOLDS, HOLDS]
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [*SMALL_BATCH_CLAIMS, micro_batches.CLAIM, batchless_norm.CLAIM],
+    ids=lambda claim: claim.name,
+)
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_batches_differ_in_nothing_but_batch_and_rate(claim, scale):
+    for part in claim.parts:
+        studies = part.studies[scale]
+        assert set(studies) == {f"batch-{s.training.batch_size}" for s in studies.values()}
+        alike = {
+            (s.task.model_dump_json(), s.model.model_dump_json(), s.training.epochs, str(s.seeds))
+            for s in studies.values()
+        }
+        assert len(alike) == 1
+        assert len({round(s.tune.high / s.tune.low, 9) for s in studies.values()}) == 1
+        assert len({s.tune.trials for s in studies.values()}) == 1
+        power = 0.5 if claim is batchless_norm.CLAIM else 1.0
+        lowest = {s.tune.low / s.training.batch_size**power for s in studies.values()}
+        assert max(lowest) == pytest.approx(min(lowest))
+
+
+def test_small_batch_warm_up_is_a_tenth_of_training():
+    study = small_batches.study(4, ["batch-norm"], "small")
+    assert study.task.train_size == 2500
+    assert study.training.warmup_steps == 2 * 625 // 10
+
+
+def test_micro_batches_findings_go_both_ways():
+    convolutional, dense = micro_batches.CLAIM.parts
+
+    def found(part, large, small):
+        runs = {"batch-32": made_up(level("batch-norm", large))}
+        return part.measure(runs | {"batch-2": made_up(level("batch-norm", small))})
+
+    for part, enough in ((convolutional, 0.03), (dense, 0.11)):
+        (finding,) = found(part, 0.8, 0.8 - enough)
+        assert finding.verdict == HOLDS
+        assert finding.measured == pytest.approx(100 * enough)
+        assert verdicts(found(part, 0.8, 0.79)) == [FAILS]
+        assert verdicts(found(part, 0.8, 0.85)) == [FAILS]
+        assert verdicts(found(part, 0.8, None)) == [HOLDS]
+    assert verdicts(found(dense, 0.8, 0.75)) == [FAILS]
+
+
+def test_batchless_norm_finding_goes_both_ways():
+    def found(single, large):
+        return batchless_norm.measure(
+            {
+                "batch-1": made_up(level("batchless-norm", single)),
+                "batch-32": made_up(level("batch-norm", large)),
+            }
+        )
+
+    (finding,) = found(0.78, 0.8)
+    assert (finding.verdict, finding.measured) == (HOLDS, pytest.approx(-2.0))
+    assert verdicts(found(0.76, 0.8)) == [FAILS]
+    assert verdicts(found(None, 0.8)) == [FAILS]
+
+
+def test_bn_init_holds_just_where_the_one_sided_test_is_significant():
+    from scipy.stats import ttest_rel
+
+    seeds = range(15)
+    verdicts_seen = set()
+    for gain in (-0.02, -0.0012, -0.0009, 0.0, 0.0009, 0.0012, 0.02):
+        spread = {s: 0.002 * (-1) ** s * (1 + s % 3) for s in seeds}
+        trials = {("bn-init", s): 0.8 + gain + spread[s] for s in seeds}
+        run = made_up(trials | {("batch-norm", s): 0.8 for s in seeds}, seeds)
+        (finding,) = bn_init.measure({"training": run})
+        own, default = (
+            [100 * t.result["final_accuracy"] for t in run.trials if t.method == method]
+            for method in ("bn-init", "batch-norm")
+        )
+        right = ttest_rel(own, default, alternative="greater")
+        told = finding.details["one-sided paired t-test"]
+        assert (told["t"], told["p_value"]) == pytest.approx((right.statistic, right.pvalue))
+        expected = UNDECIDED
+        if right.pvalue < 0.05:
+            expected = HOLDS
+        elif right.pvalue > 0.95:
+            expected = FAILS
+        assert finding.verdict == expected
+        assert finding.low == pytest.approx(right.confidence_interval(0.95).low)
+        verdicts_seen.add(finding.verdict)
+    assert verdicts_seen == {HOLDS, FAILS, UNDECIDED}
+
+
+def test_bn_init_without_pairs_is_undecided():
+    run = made_up(level("batch-norm", 0.8))
+    (finding,) = bn_init.measure({"training": run})
+    assert (finding.verdict, finding.measured) == (UNDECIDED, None)
+    run = made_up(level("batch-norm", 0.8) | level("bn-init", 0.9, (0, 1)))
+    assert verdicts(bn_init.measure({"training": run})) == [UNDECIDED]
+
+
+def scores(batch, running, recalibrated, seeds=(0, 1, 2)):
+    kinds = (recalibration.BATCH, recalibration.RUNNING, recalibration.RECALIBRATED)
+    return {
+        kind: {seed: (1.0, value + 0.1 * seed**2 * (kind == kinds[1])) for seed in seeds}
+        for kind, value in zip(kinds, (batch, running, recalibrated), strict=True)
+    }
+
+
+def test_recalibration_findings_go_both_ways():
+    judge = recalibration.judge_few_steps
+    good = judge(scores(60, 50, 59.5), True)
+    assert verdicts(good) == [HOLDS, HOLDS]
+    assert good[1].measured == pytest.approx(0.5)
+    assert verdicts(judge(scores(60, 50, 55), True)) == [HOLDS, FAILS]
+    assert verdicts(judge(scores(60, 59, 60), True)) == [FAILS, HOLDS]
+    assert verdicts(judge(scores(60, 50, 59.5), False)) == [UNDECIDED, UNDECIDED]
+    judge = recalibration.judge_small_batch
+    assert verdicts(judge(scores(0, 50, 52), True)) == [HOLDS]
+    assert verdicts(judge(scores(0, 50, 49), True)) == [FAILS]
+    assert verdicts(judge(scores(0, 50, 52), False)) == [UNDECIDED]
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """Twelve steps on the digits, at a rate that leaves running statistics behind."""
+    study = Study(
+        task=TaskChoice(name="digits", train_size=384),
+        model=ModelChoice.model_validate({"name": "plain-conv", "depth": 3, "width": 4}),
+        methods=["batch-norm"],
+        seeds=[0, 1],
+        training=Training(epochs=1, batch_size=32, lr=0.1, schedule="constant", device="cpu"),
+    )
+    folder = tmp_path_factory.mktemp("recalibration") / "run"
+    original_compare(study, folder, QUIET)
+    return folder
+
+
+def test_scores_come_from_the_weights_that_a_trial_left(short_run):
+    run = read_run(short_run)
+    found = recalibration.scores_of(run)
+    before = {trial.seed: trial.result for trial in run.trials}
+    for seed in (0, 1):
+        # In evaluation mode nothing but what the trial itself reported.
+        loss, accuracy = found[recalibration.RUNNING][seed]
+        assert loss == pytest.approx(before[seed]["final_loss"])
+        assert accuracy == pytest.approx(100 * before[seed]["final_accuracy"])
+        # Training mode at this loss: batch statistics, by hand.
+        model = build_model("plain-conv", (1, 8, 8), 10, depth=3, width=4)
+        load_weights(trial_folder(short_run, "batch-norm", seed) / WEIGHTS, model)
+        task = limit(load_task("digits"), 384)
+        tests = evaluation_batches(task.test, mean=task.mean, std=task.std, batch_size=32)
+        correct = 0
+        with torch.no_grad():
+            for inputs, targets in tests:
+                correct += int((model.train()(inputs).argmax(1) == targets).sum())
+        assert found[recalibration.BATCH][seed][1] == pytest.approx(100 * correct / len(task.test))
+        losses = {kind: found[kind][seed][0] for kind in found}
+        assert losses[recalibration.RECALIBRATED] < losses[recalibration.RUNNING]
+    assert found == recalibration.scores_of(read_run(short_run))
+
+
+def test_scores_of_a_diverged_trial_are_those_of_guessing(short_run):
+    run = read_run(short_run)
+    run.trials[1].result["status"] = "diverged"
+    found = recalibration.scores_of(run)
+    assert {kind: by_seed[1][1] for kind, by_seed in found.items()} == {
+        kind: pytest.approx(10.0) for kind in found
+    }
+    (gap, left) = recalibration.judge_few_steps(found, True)
+    json.dumps(gap.details, allow_nan=False)
+    assert left.n == 2
+
+
+def test_recalibration_measures_from_a_folder(short_run):
+    runs = {"training": read_run(short_run)}
+    assert [f.statement for f in recalibration.measure_few_steps(runs)] == [
+        recalibration.GAP.statement,
+        recalibration.LEFT.statement,
+    ]
+    (gain,) = recalibration.measure_small_batch(runs)
+    assert gain.n == 2

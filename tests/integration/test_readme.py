@@ -12,13 +12,22 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_code_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    model = nn.Sequential(
+def network():
+    return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
     )
-    names = {"inputs": torch.randn(8, 1, 8, 8), "targets": torch.arange(8) % 3, "model": model}
-    exec(compile(code, "README.md", "exec"), names)
+
+
+def test_the_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    converting, training = blocks
+    names = {"inputs": torch.randn(8, 1, 8, 8), "targets": torch.arange(8) % 3, "model": network()}
+    names["example_batch"] = names["inputs"]
+    names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.1)
+    exec(compile(converting, "README.md", "exec"), names)
+    assert not any(type(module) is nn.BatchNorm2d for module in names["model"].modules())
+    names["model"] = network()
+    exec(compile(training, "README.md", "exec"), names)
     assert names["layer"](torch.randn(2, 64, 4, 4)).shape == (2, 64, 4, 4)
     names["model"](names["inputs"]).sum().backward()
     names["optimizer"].step()

@@ -97,6 +97,42 @@ def save_weights(path: Path, model: nn.Module) -> None:
     write_bytes(path, safetensors.torch.save(weights))
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load a model's whole ``state_dict`` from safetensors.
+
+    Args:
+        path: The file.
+        model: The model, unchanged where the file does not fit.
+
+    Raises:
+        ValueError: There is no such file, it is damaged, holds values that are not finite, or is
+            that of another model.
+    """
+    try:
+        weights = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"load_weights({path}): expected a safetensors file, got {error}; check the path"
+        ) from None
+    own = model.state_dict()
+    for what, names in {
+        "weights that it lacks": own.keys() - weights.keys(),
+        "weights of another model": weights.keys() - own.keys(),
+        "weights of another shape": {
+            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+        },
+        "values that are not finite": {
+            name for name, value in weights.items() if not torch.isfinite(value).all()
+        },
+    }.items():
+        if names:
+            raise ValueError(
+                f"load_weights({path}): expected the weights of this {type(model).__name__}, got "
+                f"{what}: {', '.join(sorted(names)[:5])}; give the file that belongs to it"
+            )
+    model.load_state_dict(weights)
+
+
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     """Restore the last complete checkpoint.
 

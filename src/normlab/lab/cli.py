@@ -110,6 +110,58 @@ def compare(
             raise typer.Exit(FAILED)
 
 
+@app.command("convert")
+def convert_model(
+    model: Annotated[str, typer.Argument(help="Network: path/to/file.py:function, or a name.")],
+    to: Annotated[
+        str, typer.Argument(metavar="METHOD", help="A method, such as group-norm; fold or freeze.")
+    ],
+    shape: Annotated[str, typer.Option(help="Shape of one sample, such as 3,32,32.")],
+    num_classes: Annotated[int, typer.Option(help="For a network that asks for it.")] = 10,
+    depth: Annotated[int | None, typer.Option(help="Weight layers of a named network.")] = None,
+    width: Annotated[int | None, typer.Option(help="Channels of its first stage.")] = None,
+    block: Annotated[str | None, typer.Option(help="ResNet block: basic, bottleneck.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights to load: safetensors.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the converted weights.")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Samples of the example.")] = 4,
+    skip: Annotated[list[str] | None, typer.Option(help="Name of a module to leave.")] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Put BatchNorm in where there is none.")
+    ] = False,
+    allow_skipped: Annotated[
+        bool, typer.Option("--allow-skipped", help="Leave layers that cannot be replaced.")
+    ] = False,
+    allow_none: Annotated[
+        bool, typer.Option("--allow-none", help="Take a network without BatchNorm.")
+    ] = False,
+    same: Annotated[
+        bool, typer.Option("--same", help="Insist that the outputs in evaluation stay.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
+) -> None:
+    """Give a network another normaliser; show what was touched, what was not, and the proof."""
+    with plainly():
+        from normlab.lab.convert_verb import Request, convert_model
+
+        request = Request(
+            model=model,
+            to=to,
+            shape=_read_shape(shape),
+            num_classes=num_classes,
+            options=_given(depth=depth, width=width, block=block),
+            samples=samples,
+            weights=weights,
+            out=out,
+            skip=tuple(skip or ()),
+            add=add,
+            allow_skipped=allow_skipped,
+            allow_none=allow_none,
+            keeps_evaluation=True if same else None,
+            dry_run=dry_run,
+        )
+        _say(convert_model(request))
+
+
 @app.command("list")
 def list_all() -> None:
     """Name all methods, tasks and models."""
@@ -207,6 +259,16 @@ def plainly() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("\nstopped at once; the same command goes on from the last checkpoint", 2)
         raise typer.Exit(FAILED) from None
+
+
+def _read_shape(text: str) -> tuple[int, ...]:
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(
+            f"convert(shape={text!r}): expected whole numbers above 0, got {text!r}; "
+            "write the shape of one sample as 3,32,32"
+        )
+    return tuple(int(part) for part in parts)
 
 
 def _refuse_beside_a_file(context: typer.Context) -> None:

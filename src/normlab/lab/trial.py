@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from normlab.lab.study import Study, Training
 from normlab.lab.tasks.task import Task
 from normlab.method import Method, Setting
 
-EXAMPLE_BATCHES = 4
-"""How many batches a method may look at before training."""
+EXAMPLE_BATCHES, EXAMPLE_SAMPLES = 4, 128
+"""How many batches a method may look at before training, or more, up to so many samples."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def make_setting(
         augmentation=task.augmentation,
         device=processes.device,
     )
-    count = min(EXAMPLE_BATCHES, examples.steps_per_epoch)
+    wanted = max(EXAMPLE_BATCHES, math.ceil(EXAMPLE_SAMPLES / examples.batch_size))
+    count = min(wanted, examples.steps_per_epoch)
     return Setting(
         batches=tuple(examples.batch(0, number) for number in range(count)),
         loss=task.loss,

@@ -5,10 +5,17 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from normlab.lab.claims import (
+    batch_kalman_norm,
+    batch_layer_norm,
     batch_norm,
+    batchless_norm,
+    bn_init,
+    cross_iteration_bn,
     filter_response_norm,
     fixup,
     ic_layer,
+    micro_batches,
+    recalibration,
     weight_rescaling,
 )
 from normlab.lab.claims.claim import Claim
@@ -19,6 +26,13 @@ CLAIMS: tuple[Claim, ...] = (
     fixup.CLAIM,
     filter_response_norm.CLAIM,
     weight_rescaling.CLAIM,
+    bn_init.CLAIM,
+    batch_layer_norm.CLAIM,
+    batch_kalman_norm.CLAIM,
+    cross_iteration_bn.CLAIM,
+    batchless_norm.CLAIM,
+    micro_batches.CLAIM,
+    recalibration.CLAIM,
 )
 """Every claim, once."""
 
@@ -27,7 +41,7 @@ def find_claim(name: str) -> Claim:
     """Return the claim of that name.
 
     Args:
-        name: The name of a claim, which is that of the method it is about.
+        name: The name of a claim: that of the method it is about, or of what it is about in it.
 
     Raises:
         ValueError: An unknown name; the nearest is named.
