@@ -490,7 +490,9 @@ def test_weights(exact):
     model, x, targets = made("mlp")
     twin = copy.deepcopy(model)
     with forward_jointly(twin, x.split([3, 5])) as outputs:
-        losses = [F.cross_entropy(y, t) for y, t in zip(outputs, targets.split([3, 5]))]
+        losses = [
+            F.cross_entropy(y, t) for y, t in zip(outputs, targets.split([3, 5]), strict=True)
+        ]
     micro_batches = split(x, targets, [3, 5])
     for weights in ([2.0, 0.5], None):
         loss = backward_jointly(

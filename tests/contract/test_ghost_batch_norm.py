@@ -57,6 +57,10 @@ CASES = {
         SHAPES[2:],
         **PROMISES,
     ),
+    # More ghosts than are normalised one by one.
+    "many": LayerCase(
+        lambda: GhostBatchNorm(4, ghost_size=2), [(20, 4), (21, 4, 3), (22, 4, 2, 2)], **PROMISES
+    ),
     "one ghost": LayerCase(lambda: GhostBatchNorm(4), SHAPES[:3], **PROMISES),
 }
 

@@ -62,7 +62,8 @@ def test_looking_at_examples_shifts_nothing(tmp_path, seen):
     task = load_task("digits")
     trial = Trial(study, "none", 0, 0.1, tmp_path)
     setting = make_setting(trial, task, Processes("cpu"), 10, lambda _: None)
-    assert len(setting.batches) == 4
+    # At batches of 20: as many as hold 128 samples.
+    assert len(setting.batches) == 7
     assert setting.batches[0][1].tolist() != seen[0]
 
 

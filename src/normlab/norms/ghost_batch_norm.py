@@ -1,4 +1,4 @@
-r"""Ghost batch normalisation: a large batch is normalised in small pieces, each with its own moments.
+r"""Ghost batch normalisation: a large batch is normalised in pieces, each with its own moments.
 
 The noise of small-batch statistics regularises; ghosts keep it while the batch grows. Evaluation
 is batch normalisation.
@@ -29,6 +29,9 @@ from normlab.moments import check_channels, check_count, wide
 from normlab.norms.running_statistics import update_running_statistics
 from normlab.surgery.swap import swap_batch_norms
 
+_FEW = 8
+"""Up to so many ghosts are normalised one by one: rearranging them costs more than the calls."""
+
 
 def ghost_batch_norm(
     x: Tensor,
@@ -42,7 +45,8 @@ def ghost_batch_norm(
     .. math::
         y_n = \gamma (x_n - \mu_g) / \sqrt{v_g + \epsilon} + \beta, \quad g = \lfloor n / s \rfloor
 
-    with mean and biased variance of ghost g, samples ``g s`` to ``g s + s - 1``, s = ``ghost_size``.
+    with mean and biased variance of ghost g, samples ``g s`` to ``g s + s - 1``; s is
+    ``ghost_size``.
 
     Args:
         x: Activations ``(N, C, *)``.
@@ -178,11 +182,33 @@ def _normalise(
 def _normalise_equal(
     x: Tensor, ghosts: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise ghosts of one size in one call: their channels are those of a smaller batch."""
-    channels = x.shape[1]
+    """Return the output of ghosts of one size with their means and unbiased variances."""
+    # Where the channels stand together, rearranging would cost several passes over memory.
     channels_last = x.movedim(1, -1).is_contiguous() and not x.is_contiguous()
+    if channels_last or ghosts <= _FEW:
+        return _one_after_the_other(x, ghosts, weight, bias, eps)
+    return _as_channels(x, ghosts, weight, bias, eps)
+
+
+def _one_after_the_other(
+    x: Tensor, ghosts: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # With momentum 1 the running statistics are those of the ghost.
+    means, variances = wide(x).new_zeros(2, ghosts, x.shape[1])
+    scale, shift = (None if one is None else wide(one) for one in (weight, bias))
+    parts = [
+        F.batch_norm(part, mean, variance, scale, shift, training=True, momentum=1.0, eps=eps)
+        for part, mean, variance in zip(x.chunk(ghosts), means, variances, strict=True)
+    ]
+    return torch.cat(parts), means, variances
+
+
+def _as_channels(
+    x: Tensor, ghosts: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise in one call: the channels of all ghosts are those of a smaller batch."""
+    channels = x.shape[1]
     folded = x.unflatten(0, (ghosts, -1)).transpose(0, 1).flatten(1, 2)
-    # With momentum 1 the running statistics are those of the ghosts.
     means, variances = wide(x).new_zeros(2, ghosts * channels)
     y = F.batch_norm(
         folded,
@@ -194,11 +220,7 @@ def _normalise_equal(
         momentum=1.0,
         eps=eps,
     )
-    y = y.unflatten(1, (ghosts, channels)).transpose(0, 1)
-    if channels_last:
-        y = y.movedim(2, -1).flatten(0, 1).movedim(-1, 1)
-    else:
-        y = y.flatten(0, 1)
+    y = y.unflatten(1, (ghosts, channels)).transpose(0, 1).flatten(0, 1)
     return y, means.view(ghosts, channels), variances.view(ghosts, channels)
 
 
