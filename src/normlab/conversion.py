@@ -74,7 +74,7 @@ def convert(
             that has none.
         keeps_evaluation: Whether the outputs in evaluation mode must stay the same; None for what
             the method's card promises.
-        tolerance: The largest difference then, relative to the largest output; None for 1000 times
+        tolerance: The largest difference then, relative to the largest output; None for 5000 times
             the precision of the outputs.
         dry_run: Whether only to show what would happen.
 

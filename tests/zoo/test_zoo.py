@@ -50,11 +50,14 @@ def test_every_normaliser_and_back(library, name, side):
             assert done.proof.difference > 0, method
         assert done.undo() is model
         converted.append(method)
+    # Statistics of three samples magnify rounding; in double precision none is left.
+    model.double().eval()
     for surgery in (fold, freeze):
-        done = surgery(model.eval(), x)
+        done = surgery(model, x.double())
         assert done.proof.required
         assert done.proof.depends
         assert done.undo() is model
+    model.float()
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert len(state) == len(model.state_dict())
     allowed = {"instance-norm": "one position", "ic-layer": "ic-layer"}

@@ -5,7 +5,7 @@ models keep their own order, and this surgery changes what stands in it: each Ba
 each convolution and linear layer is fed through a component.
 
 Departs:
-    - Activations stay where the model has them, also after a residual sum.
+    - Activations stay where the model has them, also after a residual sum; none works in place.
     - The readout is fed component, pool, linear where the pool is a module that leaves one
       position, as in the paper's networks; otherwise the component stands at the linear layer.
     - Convolutions on single positions (squeeze-and-excitation) get none: their input is already a
@@ -91,6 +91,10 @@ def rearrange(
         layer: nn.Sequential(OrderedDict(ic=component(*place), layer=layer))
         for layer, place in places.items()
     }
+    for module in model.modules():
+        # A BatchNorm that is gone no longer hands on a tensor of its own to write into.
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
     norms = modules_of(model, BATCH_NORMS).values()
     model = swap(model, {**replacements, **{norm: nn.Identity() for norm in norms}})
     return model, len(places), skipped
