@@ -107,7 +107,7 @@ def compare(dtype: torch.dtype) -> dict:
         with torch.no_grad():
             return (run(test).argmax(1) == task.test.targets).double().mean().item()
 
-    reference = torch.tensor(losses["one batch"])
+    reference = torch.tensor(losses["one batch"], dtype=torch.float64)
     rows = {
         "one batch": {
             "loss_every_20_steps": [round(loss, 6) for loss in losses["one batch"][::20]],

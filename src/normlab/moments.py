@@ -99,6 +99,23 @@ def check_count(operation: str, x: Tensor) -> None:
         )
 
 
+def check_momentum(operation: str, momentum: float | None) -> None:
+    """Refuse a momentum of running statistics outside 0 to 1; None means plain averages.
+
+    Args:
+        operation: The layer's name, for the message.
+        momentum: The weight of the newest batch.
+
+    Raises:
+        ValueError: In the form of the house.
+    """
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{operation}(momentum={momentum!r}): expected a number from 0 to 1, or None, got "
+            f"{momentum!r}; use 0.1 (what other libraries call a momentum of 0.9)"
+        )
+
+
 def refuse_broken_statistics(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
 ) -> None:

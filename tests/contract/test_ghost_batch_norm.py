@@ -191,6 +191,7 @@ def test_without_running_statistics_evaluation_takes_the_whole_batch():
     ("call", "message"),
     [
         (lambda: GhostBatchNorm(3, ghost_size=0), r"ghost_size=0\): expected at least 1"),
+        (lambda: GhostBatchNorm(3, momentum=-0.1), r"momentum=-0\.1\): expected a number from 0"),
         (lambda: ghost_batch_norm(torch.randn(4, 3), -2), r"ghost_size=-2\): expected at least 1"),
         (lambda: METHOD.prepare(nn.BatchNorm1d(2), SETTING, ghost_size=0), "expected at least 1"),
         (lambda: GhostBatchNorm(3, ghost_size=1)(torch.randn(4, 3)), r"in a ghost, got .*\(4, 3\)"),

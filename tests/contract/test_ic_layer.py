@@ -400,6 +400,8 @@ def test_wrong_words_are_refused():
         prepared("mlp", stacking="relu-ic-con")
     with pytest.raises(ValueError, match="expected 'element' or 'channel'"):
         prepared("mlp", granularity="pixel")
+    with pytest.raises(ValueError, match=r"momentum=1\.5\): expected a number from 0 to 1"):
+        IndependentComponent(4, momentum=1.5)
     with pytest.raises(ValueError, match="expected 0, 1, 2 or 3"):
         IndependentComponent(4, spatial_dims=4)
     with pytest.raises(ValueError, match="set spatial_dims=0"):
@@ -408,7 +410,7 @@ def test_wrong_words_are_refused():
 
 def test_batch_of_one():
     IndependentComponent(4)(torch.randn(1, 4, 2, 2)).sum().backward()
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(ValueError, match=r"more than one value per channel .* such as group-norm"):
         IndependentComponent(4, spatial_dims=0)(torch.randn(1, 4))
 
 

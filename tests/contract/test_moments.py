@@ -61,6 +61,13 @@ def test_broken_statistics_are_not_loaded(name, value):
     pickle.loads(pickle.dumps(model)).load_state_dict(state)
 
 
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, math.nan])
+def test_momentum_out_of_range(momentum):
+    with pytest.raises(ValueError, match=r"SynchronizedBatchNorm\(momentum=.*from 0 to 1, or None"):
+        SynchronizedBatchNorm(2, momentum=momentum)
+    SynchronizedBatchNorm(2, momentum=None)
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [

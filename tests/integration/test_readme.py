@@ -20,7 +20,7 @@ def network():
 
 def test_the_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    converting, training = blocks
+    converting, training, accumulating = blocks
     names = {"inputs": torch.randn(8, 1, 8, 8), "targets": torch.arange(8) % 3, "model": network()}
     names["example_batch"] = names["inputs"]
     names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.1)
@@ -29,7 +29,10 @@ def test_the_code_runs():
     names["model"] = network()
     exec(compile(training, "README.md", "exec"), names)
     assert names["layer"](torch.randn(2, 64, 4, 4)).shape == (2, 64, 4, 4)
-    names["model"](names["inputs"]).sum().backward()
+    pairs = zip(names["inputs"].split(2), names["targets"].split(2), strict=True)
+    names |= {"micro_batches": pairs, "loss_function": nn.functional.cross_entropy}
+    exec(compile(accumulating, "README.md", "exec"), names)
+    assert names["loss"] > 0
     names["optimizer"].step()
     norms = names["model"][0].weight.flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(4))

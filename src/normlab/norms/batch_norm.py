@@ -26,6 +26,7 @@ from normlab.moments import (
     batch_moments,
     check_channels,
     check_count,
+    check_momentum,
     group_of_several,
     per_channel,
     refuse_broken_statistics,
@@ -102,8 +103,9 @@ class SynchronizedBatchNorm(_BatchNorm):
         Input and output ``(N, C, *)``, N of at least 1 on each process.
 
     Raises:
-        ValueError: At the call for input of another number of channels, of integers, or empty,
-            and in training for a single value per channel over all processes; at loading for
+        ValueError: At construction for a momentum outside 0 to 1; at the call for input of another
+            number of channels, of integers, or empty, and in training for a single value per
+            channel over all processes; at loading for
             statistics that are not finite or a negative variance.
 
     Example:
@@ -121,6 +123,7 @@ class SynchronizedBatchNorm(_BatchNorm):
         track_running_stats: bool = True,
         process_group: Any = None,
     ) -> None:
+        check_momentum("SynchronizedBatchNorm", momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.process_group = process_group
         self.register_load_state_dict_pre_hook(refuse_broken_statistics)

@@ -12,6 +12,7 @@ from normlab.moments import (
     Moments,
     batch_moments,
     check_channels,
+    check_momentum,
     group_of_several,
     refuse_broken_statistics,
     wide,
@@ -116,11 +117,7 @@ class ClassStandardization(nn.Module):
                 f"ClassStandardization(eps={eps!r}): expected a finite number above 0, got "
                 f"{eps!r}; use 1e-5"
             )
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(
-                f"ClassStandardization(momentum={momentum!r}): expected a number in [0, 1] or "
-                f"None, got {momentum!r}; use 0.1"
-            )
+        check_momentum("ClassStandardization", momentum)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum

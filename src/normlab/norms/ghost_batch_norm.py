@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab.method import Card, Method, Setting, Source
-from normlab.moments import check_channels, check_count, wide
+from normlab.moments import (
+    check_channels,
+    check_count,
+    check_momentum,
+    refuse_broken_statistics,
+    wide,
+)
 from normlab.norms.running_statistics import update_running_statistics
 from normlab.surgery.swap import swap_batch_norms
 
@@ -98,9 +104,9 @@ class GhostBatchNorm(_BatchNorm):
         Input and output ``(N, C, *)``.
 
     Raises:
-        ValueError: At construction for a ``ghost_size`` below 1; at the call for input of another
-            number of channels, of integers, or empty, and in training for a ghost with a single
-            value per channel.
+        ValueError: At construction for a ``ghost_size`` below 1 or a momentum outside 0 to 1; at
+            the call for input of another number of channels, of integers, or empty, and in
+            training for a ghost with a single value per channel.
 
     Example:
         >>> layer = GhostBatchNorm(8, ghost_size=4)
@@ -119,8 +125,10 @@ class GhostBatchNorm(_BatchNorm):
         ghost_size: int = 32,
     ) -> None:
         _check_ghost_size("GhostBatchNorm", ghost_size)
+        check_momentum("GhostBatchNorm", momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.ghost_size = ghost_size
+        self.register_load_state_dict_pre_hook(refuse_broken_statistics)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input`` of shape ``(N, C, *)``."""

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
-from normlab.moments import check_channels
+from normlab.moments import check_channels, check_count, check_momentum
 from normlab.norms.ic_rearrange import rearrange
 from normlab.surgery.flow import evaluating
 from normlab.surgery.residual import ResidualNetwork, find_residual_network
@@ -113,6 +113,7 @@ class IndependentComponent(nn.Module):
     ) -> None:
         super().__init__()
         _check_dropout("IndependentComponent", drop_prob, granularity)
+        check_momentum("IndependentComponent", momentum)
         if spatial_dims not in range(4):
             raise ValueError(
                 f"IndependentComponent(spatial_dims={spatial_dims}): expected 0, 1, 2 or 3, got "
@@ -133,6 +134,8 @@ class IndependentComponent(nn.Module):
                 f"IndependentComponent(input): expected {self.spatial_dims} axes after (N, C), got "
                 f"shape {tuple(x.shape)}; set spatial_dims={x.dim() - 2}"
             )
+        if self.norm.training:
+            check_count("IndependentComponent", x)
         x = self.norm(x)
         if self.training and self.drop_prob > 0:
             x = drop_neurons(x, self.drop_prob, granularity=self.granularity)

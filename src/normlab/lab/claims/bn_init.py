@@ -53,13 +53,15 @@ SMALL = Study(
     task=TaskChoice.model_validate(
         {"name": "fashion-mnist", "train_size": 3200, "test_size": 3000}
     ),
-    model=ModelChoice.model_validate({"name": "resnet", "depth": 8, "width": 8}),
+    model=ModelChoice.model_validate({"name": "plain-conv", "depth": 6, "width": 8}),
     methods=METHODS,
     seeds=SEEDS,
-    # Beyond the end: only start and end are evaluated.
-    training=Training(epochs=5, batch_size=64, weight_decay=1e-4, evaluate_every=10**9),
-    # A smaller scale changes what a rate does to the readout, so each has its own search.
-    tune=Tune(trials=4, low=2e-2, high=1.0, hold_out=0.2),
+    # In the first run, 250 steps of ResNet-8 at rates up to 1, logits that start at a tenth had no
+    # time to grow: what was measured was the budget. Beyond the end: only start and end are
+    # evaluated.
+    training=Training(epochs=20, batch_size=64, weight_decay=1e-4, evaluate_every=10**9),
+    # A tenth of the gradient at every convolution asks for other rates, so each has its own search.
+    tune=Tune(trials=5, low=2e-2, high=3.0, hold_out=0.2),
 )
 
 PAPER = Study(
@@ -77,13 +79,13 @@ CLAIM = Claim(
     statement="Starting the scales of batch normalisation at a tenth and dividing their learning "
     "rate by a hundred improves test accuracy, by a one-sided paired t-test over 15 seeds.",
     budget={
-        "small": "30 trials of 250 steps and 8 searches: about 7 minutes on one core",
+        "small": "30 trials of 1,000 steps and 10 searches: about 8 minutes on one core",
         "paper": "30 trials of ResNet-20 over 180 epochs of CIFAR-10: about a week on one GPU",
     },
     departs={
         "small": (
-            "ResNet-8 of width 8 on 3,200 images of Fashion-MNIST, five epochs in batches of 64.",
-            "The learning rate is searched for each, with four trials each; start and slowdown of "
+            "A plain network of 6 layers on 3,200 images of Fashion-MNIST, 20 epochs in batches of 64.",
+            "The learning rate is searched for each, with five trials each; start and slowdown of "
             "the scales are the defaults, not searched.",
             "The final accuracy is compared, not that of the epoch best on held-out data.",
             "Default batch normalisation decays its scales and all biases, as torch does.",
