@@ -33,16 +33,18 @@ CLAIM = Claim(
     departs={
         "small": (
             *DEPARTS["small"],
-            "Batches of 2 and 4, not 1 and 25; max pooling and ReLU, not LeNet with tanh, and SGD.",
+            "Batches of 2 and 4, not 1 and 25; max pooling and ReLU, not LeNet with tanh.",
             "One setting of the switches, that of the public code, not the best of 16 on the test "
             "set.",
         ),
         "paper": (
             *DEPARTS["paper"],
-            "Batches of 2 and 4, not 1 and 25; a deeper network, and SGD.",
+            "Batches of 2 and 4, not 1 and 25; a deeper network.",
             "One setting of the switches, that of the public code, not the best of 16 on the test "
             "set.",
         ),
     },
-    parts=(part("batch-layer-norm", BOUNDS),),
+    # The authors train with Adam. In the first run SGD's rates, searched up to 0.5 at batch 32, were
+    # too low for outputs that are divided by the root of the number of channels.
+    parts=(part("batch-layer-norm", BOUNDS, adam=True),),
 )

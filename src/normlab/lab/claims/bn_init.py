@@ -84,7 +84,8 @@ CLAIM = Claim(
     },
     departs={
         "small": (
-            "A plain network of 6 layers on 3,200 images of Fashion-MNIST, 20 epochs in batches of 64.",
+            "A plain network of 6 layers on 3,200 images of Fashion-MNIST, 20 epochs in batches of "
+            "64.",
             "The learning rate is searched for each, with five trials each; start and slowdown of "
             "the scales are the defaults, not searched.",
             "The final accuracy is compared, not that of the epoch best on held-out data.",

@@ -6,6 +6,7 @@ it must be ahead, and at batch 32, which it must nearly reach. All see the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -64,6 +65,7 @@ def study(
     epochs: int | None = None,
     seeds: list[int] | None = None,
     model: ModelChoice | None = None,
+    adam: bool = False,
 ) -> Study:
     """Return the study of one batch size.
 
@@ -74,8 +76,13 @@ def study(
         epochs: Passes over the training set; None for 2, or 100 at the scale of the paper.
         seeds: None for `SEEDS`.
         model: None for `NETWORKS`.
+        adam: Whether to train with Adam, for all methods alike, in place of SGD.
     """
     small = scale == "small"
+    # Rates in proportion to the batch, as those of equally long training go; Adam's steps do not
+    # grow with the gradient, so its rates go with the root.
+    factor = math.sqrt(batch_size / LARGE) if adam else batch_size / LARGE
+    middle, low, high = (3e-3, 1e-3, 3e-2) if adam else (0.05, 0.02, 0.5)
     epochs = epochs or (2 if small else 100)
     samples = 2500 if small else 50_000
     return Study(
@@ -87,20 +94,15 @@ def study(
         training=Training(
             epochs=epochs,
             batch_size=batch_size,
-            lr=0.05 * batch_size / LARGE,
-            weight_decay=1e-4,
+            optimizer="adamw" if adam else "sgd",
+            lr=middle * factor,
+            weight_decay=0.0 if adam else 1e-4,
             # Batch Kalman normalisation's recipe begins slowly; a tenth of the training, for all.
             warmup_steps=epochs * (samples // batch_size) // 10,
             # Beyond the end: only start and end are evaluated.
             evaluate_every=10**9 if small else 0,
         ),
-        # In proportion to the batch, as the rates of equally long training go.
-        tune=Tune(
-            trials=3,
-            low=0.02 * batch_size / LARGE,
-            high=0.5 * batch_size / LARGE,
-            hold_out=0.2,
-        ),
+        tune=Tune(trials=3, low=low * factor, high=high * factor, hold_out=0.2),
     )
 
 
@@ -135,12 +137,13 @@ def bounds(title: str, ahead: str, near: str) -> tuple[Bound, ...]:
     )
 
 
-def part(method: str, held_against: tuple[Bound, ...]) -> Part:
+def part(method: str, held_against: tuple[Bound, ...], *, adam: bool = False) -> Part:
     """Return the one part of a claim about small batches.
 
     Args:
         method: The method's label.
         held_against: As `bounds` gives them.
+        adam: As in `study`.
     """
     both = ["batch-norm", method]
     sizes = {**dict.fromkeys(SMALL, both), LARGE: ["batch-norm"]}
@@ -149,7 +152,10 @@ def part(method: str, held_against: tuple[Bound, ...]) -> Part:
         bounds=held_against,
         measure=partial(measure, method, held_against),
         studies={
-            scale: {f"batch-{size}": study(size, methods, scale) for size, methods in sizes.items()}
+            scale: {
+                f"batch-{size}": study(size, methods, scale, adam=adam)
+                for size, methods in sizes.items()
+            }
             for scale in SCALES
         },
     )
