@@ -44,7 +44,7 @@ CLAIM = Claim(
             "set.",
         ),
     },
-    # The authors train with Adam. In the first run SGD's rates, searched up to 0.5 at batch 32, were
-    # too low for outputs that are divided by the root of the number of channels.
+    # The authors train with Adam. In the first run SGD's rates, searched up to 0.5 at batch 32,
+    # were too low for outputs that are divided by the root of the number of channels.
     parts=(part("batch-layer-norm", BOUNDS, adam=True),),
 )
