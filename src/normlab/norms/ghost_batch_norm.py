@@ -138,6 +138,11 @@ class GhostBatchNorm(_BatchNorm):
         ghosts, rest = _ghosts_and_rest("GhostBatchNorm", input, self.ghost_size)
         if ghosts + (rest > 0) == 1:
             return super().forward(input)
+        # torch's plain averages read a tensor's value, which ends a compiled graph.
+        if self.momentum is not None and _one_by_one(input, ghosts):
+            batch_norm = super().forward
+            sizes = [self.ghost_size] * ghosts + [rest] * (rest > 0)
+            return torch.cat([batch_norm(part) for part in input.split(sizes)])
         y, means, variances = _normalise(input, ghosts, rest, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             update_running_statistics(self, means, variances)
@@ -174,12 +179,20 @@ def _ghosts_and_rest(operation: str, x: Tensor, ghost_size: int) -> tuple[int, i
     return ghosts, rest
 
 
+def _one_by_one(x: Tensor, ghosts: int) -> bool:
+    # Where the channels stand together, rearranging would cost several passes over memory.
+    channels_last = x.movedim(1, -1).is_contiguous() and not x.is_contiguous()
+    return channels_last or ghosts <= _FEW
+
+
 def _normalise(
     x: Tensor, ghosts: int, rest: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output with means and unbiased variances of all ghosts, ``(G, C)``."""
+    if rest == 0:
+        return _normalise_equal(x, ghosts, weight, bias, eps)
     full, ragged = x.split([x.shape[0] - rest, rest])
-    parts = [(full, ghosts)] * (ghosts > 0) + [(ragged, 1)] * (rest > 0)
+    parts = [(full, ghosts)] * (ghosts > 0) + [(ragged, 1)]
     done = [_normalise_equal(part, count, weight, bias, eps) for part, count in parts]
     if len(done) == 1:
         return done[0]
@@ -191,9 +204,7 @@ def _normalise_equal(
     x: Tensor, ghosts: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output of ghosts of one size with their means and unbiased variances."""
-    # Where the channels stand together, rearranging would cost several passes over memory.
-    channels_last = x.movedim(1, -1).is_contiguous() and not x.is_contiguous()
-    if channels_last or ghosts <= _FEW:
+    if _one_by_one(x, ghosts):
         return _one_after_the_other(x, ghosts, weight, bias, eps)
     return _as_channels(x, ghosts, weight, bias, eps)
 
