@@ -34,6 +34,7 @@ $(VENV)/lab: $(VENV)/torch pyproject.toml
 
 $(VENV)/tests: $(VENV)/lab
 	$(PIP) -e ".[lab,hub,test,dev]"
+	$(PIP) --no-deps torchvision timm  # architectures to convert; they would ask for another torch
 	touch $@
 
 clean:
