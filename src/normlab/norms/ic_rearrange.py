@@ -94,7 +94,7 @@ def rearrange(
     for module in model.modules():
         # A BatchNorm that is gone no longer hands on a tensor of its own to write into.
         if getattr(module, "inplace", False) is True:
-            module.inplace = False
+            setattr(module, "inplace", False)  # noqa: B010 - not an attribute of every module
     norms = modules_of(model, BATCH_NORMS).values()
     model = swap(model, {**replacements, **{norm: nn.Identity() for norm in norms}})
     return model, len(places), skipped

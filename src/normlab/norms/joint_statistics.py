@@ -149,7 +149,9 @@ class _Standardise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator's signature
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
         mean, variance, weight, *parts = ctx.saved_tensors
         direct, by_weight, by_bias = zip(
             *(
