@@ -3,7 +3,9 @@
 A ResNet-20 for digits is trained with one batch of 32 and with 8 micro-batches of 4 of the same
 samples: with joint statistics (exact), with the approximation, and with BatchNorm on each
 micro-batch, as accumulation is usually done. *Along*: each has its own weights, and rounding grows
-from step to step. *Per step*: each starts every step from the weights of the one batch.
+from step to step. *Per step*: each starts from the weights of the one batch, every few steps. In
+float32 an activation within rounding of zero may fall on the other side of a ReLU; such steps show
+in the largest error, not in the median.
 
 Times are those of a step on Fashion-MNIST's image size, in turn in one run::
 
@@ -23,10 +25,11 @@ from normlab.lab.tasks import load_task
 from normlab.norms.accumulated_batch_norm import backward_jointly
 
 STEPS = 100
+PER_STEP_EVERY = 4
 MICRO_BATCHES, SIZE = 8, 4
-PAIRS = 15
+PAIRS = 9
 # Rounding aside, the curves are one: what rounding makes of it in 100 steps, with room to spare.
-GOALS = {"float64": 1e-8, "time over plain accumulation": 1.25}
+GOALS = {"difference of loss in float64": 1e-8, "time over plain accumulation": 1.25}
 
 Backward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -92,13 +95,14 @@ def compare(dtype: torch.dtype) -> dict:
             optimizers[name].zero_grad()
             backward = OTHERS.get(name, one_batch)
             losses[name].append(backward(run, x, targets).item())
-        expected = gradient(reference)
-        for name, backward in OTHERS.items():
-            twin = copy.deepcopy(start)
-            backward(twin, x, targets)
-            actual = gradient(twin)
-            off[name].append(((actual - expected).norm() / expected.norm()).item())
-            angles[name].append(F.cosine_similarity(actual, expected, dim=0).item())
+        if step % PER_STEP_EVERY == PER_STEP_EVERY - 1:
+            expected = gradient(reference)
+            for name, backward in OTHERS.items():
+                twin = copy.deepcopy(start)
+                backward(twin, x, targets)
+                actual = gradient(twin)
+                off[name].append(((actual - expected).norm() / expected.norm()).item())
+                angles[name].append(F.cosine_similarity(actual, expected, dim=0).item())
         for optimizer in optimizers.values():
             optimizer.step()
 
@@ -118,8 +122,8 @@ def compare(dtype: torch.dtype) -> dict:
         difference = (torch.tensor(losses[name], dtype=torch.float64) - reference).abs()
         rows[name] = {
             "largest_difference_of_loss_along": float(f"{difference.max():.2e}"),
-            "difference_of_loss_after_1_10_100_steps": [
-                float(f"{difference[at]:.2e}") for at in (1, 10, STEPS - 1)
+            "difference_of_loss_after_1_10_99_steps": [
+                float(f"{difference[at]:.2e}") for at in (1, 10, 99)
             ],
             "largest_relative_error_of_gradient_per_step": float(f"{max(off[name]):.2e}"),
             "median_relative_error_of_gradient_per_step": float(
@@ -163,7 +167,7 @@ def main() -> None:
             "what": f"ResNet-20 (width 8), {STEPS} steps of 8 micro-batches of 4 against one "
             "batch of 32: losses on digits, times on 28x28 images, one thread",
             "goal": GOALS,
-            "reached": ours < GOALS["float64"] and cost <= GOALS["time over plain accumulation"],
+            "reached": ours < GOALS["difference of loss in float64"] and cost <= GOALS["time over plain accumulation"],
             "times": timing,
             "results": results,
             "environment": before,
