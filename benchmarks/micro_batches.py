@@ -167,7 +167,8 @@ def main() -> None:
             "what": f"ResNet-20 (width 8), {STEPS} steps of 8 micro-batches of 4 against one "
             "batch of 32: losses on digits, times on 28x28 images, one thread",
             "goal": GOALS,
-            "reached": ours < GOALS["difference of loss in float64"] and cost <= GOALS["time over plain accumulation"],
+            "reached": ours < GOALS["difference of loss in float64"]
+            and cost <= GOALS["time over plain accumulation"],
             "times": timing,
             "results": results,
             "environment": before,
