@@ -20,7 +20,8 @@ Departs:
       channel always.
     - The guard against wild predictions is the code's; it is left out where a channel has a single
       value, whose variance of 0 would always discard the prediction.
-    - The code's simulation of micro-batches within a larger batch is left out.
+    - The code's simulation of micro-batches within a larger batch cuts the batch once, in front of
+      the model (``micro_batches``, `normlab.norms.kalman_micro_batches`).
     - A, R and the gain do not decay in `METHOD` (option ``decay``): decay would pull the prediction
       towards 0 and its noise up to 0.69.
 """
@@ -45,10 +46,9 @@ from normlab.moments import (
 )
 from normlab.norms.kalman_chain import ChainPlan
 from normlab.norms.kalman_filter import Posterior, guard, kalman_update, observe, predict
+from normlab.norms.kalman_micro_batches import MicroBatches
+from normlab.norms.kalman_options import MOST_FULL, check_options
 from normlab.surgery.swap import batch_norms, keep_affine, swap
-
-MOST_FULL = 64
-"""The largest number of channels whose full covariance may be carried."""
 
 _NOISE = 0.01
 _FEWEST_GUARDED = 8
@@ -127,7 +127,7 @@ class BatchKalmanNorm(nn.Module):
         self.covariance = covariance
         self.max_ratio = max_ratio
         self.process_group = process_group
-        _check_options(self, learn_gain)
+        check_options(self, learn_gain)
         self.weight = nn.Parameter(torch.empty(num_features)) if affine else None
         self.bias = nn.Parameter(torch.empty(num_features)) if affine else None
         self.transition_matrix = self.noise_rho = self.gain_logit = None
@@ -234,30 +234,6 @@ class BatchKalmanNorm(nn.Module):
         )
 
 
-def _check_options(layer: BatchKalmanNorm, learn_gain: bool) -> None:
-    def check(holds: bool, name: str, value: Any, expected: str, advice: str) -> None:
-        if not holds:
-            call = f"BatchKalmanNorm({name}={value!r})"
-            raise ValueError(f"{call}: expected {expected}, got {value!r}; use {advice}")
-
-    gain, share, ratio = layer.gain, layer.momentum, layer.max_ratio
-    valid = share is None or 0 <= share <= 1
-    check(valid, "momentum", share, "a number from 0 to 1, or None", "0.1")
-    valid = 0 < gain < 1 if learn_gain else 0 <= gain <= 1
-    ends = "a number between 0 and 1, ends excluded" if learn_gain else "a number from 0 to 1"
-    check(valid, "gain", gain, ends, "0.1 for batches up to 4, else 0.95")
-    valid = ratio is None or ratio > 0
-    check(valid, "max_ratio", ratio, "a number above 0, or None", "100")
-    valid = layer.transition in ("linear", "propagate")
-    check(valid, "transition", layer.transition, "'linear' or 'propagate'", "'linear'")
-    allowed = ["diagonal"]
-    if layer.transition == "linear" and layer.num_features <= MOST_FULL:
-        allowed.append("full")
-    expected = f"{' or '.join(map(repr, allowed))} for {layer.num_features} channels and a "
-    expected += f"{layer.transition} transition"
-    check(layer.covariance in allowed, "covariance", layer.covariance, expected, "'diagonal'")
-
-
 def from_batch_norm(norm: nn.Module, **options: Any) -> BatchKalmanNorm:
     """Return the layer that takes a BatchNorm's place.
 
@@ -290,6 +266,7 @@ def prepare(
     max_ratio: float = 100.0,
     propagation: str = "analytic",
     apply_affine: bool = True,
+    micro_batches: int = 1,
 ) -> nn.Module:
     """Replace each BatchNorm by a layer that takes its prior from the normalisers before it.
 
@@ -305,6 +282,8 @@ def prepare(
         propagation: As in `normlab.norms.kalman_propagation.propagate`.
         apply_affine: Whether propagation starts from what scale and shift make of normalised
             features; else from the raw posterior, as in the public code.
+        micro_batches: Into how many parts that do not see each other a training batch is cut; with
+            more than 1 the result holds the model as its ``model``.
 
     Returns:
         The model, or its replacement if it is itself a BatchNorm layer.
@@ -315,8 +294,14 @@ def prepare(
     """
     norms = batch_norms(model, "batch-kalman-norm")
     inputs = setting.batches[0][0]
+    if micro_batches < 1:
+        raise ValueError(
+            f"batch-kalman-norm(micro_batches={micro_batches}): expected at least 1, got "
+            f"{micro_batches}; use 1 for whole batches"
+        )
+    size = len(inputs) // micro_batches
     if gain is None:
-        gain = 0.1 if len(inputs) <= 4 else 0.95
+        gain = 0.1 if size <= 4 else 0.95
     plan = ChainPlan(
         model,
         inputs[:2],
@@ -331,7 +316,7 @@ def prepare(
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
         too_wide = covariance == "full" and norm.num_features > MOST_FULL
         shapes = [call.input_shape for call in plan.flow.of(norm) if call.input_shape is not None]
-        fewest = min((len(inputs) * math.prod(shape[2:]) for shape in shapes), default=0)
+        fewest = min((size * math.prod(shape[2:]) for shape in shapes), default=0)
         layer = from_batch_norm(
             norm,
             prior_features=plan.prior_features(norm),
@@ -347,7 +332,10 @@ def prepare(
         f"{len(norms)} BatchNorm layers became BatchKalmanNorm with gain {gain}: {with_prior} "
         f"have a prior, {len(norms) - with_prior} stay plain batch normalisation"
     )
-    return plan.start(swap(model, layers))
+    model = plan.start(swap(model, layers))
+    if micro_batches == 1:
+        return model
+    return MicroBatches(model, micro_batches, (BatchKalmanNorm,)).train(model.training)
 
 
 def parameter_groups(
