@@ -36,6 +36,13 @@ Group = dict[str, Any]
 """One parameter group as torch's optimisers take it: ``params``, ``lr``, ``weight_decay``, ..."""
 
 
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets."""
+
+Room = Literal["norms", "inits", "weights", "optim", "regularizers", "activations", "growth"]
+"""The package that holds a method."""
+
+
 class Unsuitable(ValueError):
     """A method that does not fit the model it was asked to change, with the reason."""
 
@@ -68,6 +75,8 @@ class Card:
         keeps_evaluation: Whether a prepared model computes in evaluation mode what it did before,
             so that a trained network may be converted without loss.
         stochastic: Whether the method draws random numbers in training.
+        needs_closure: Whether a step takes more than one pass, so that ``optimizer.step`` has to
+            be given a closure that runs forward and backward anew and returns the loss.
         state: What it adds to a checkpoint beyond weights, in words.
         best_for: Whom it helps.
         limits: Where it does not fit or did not help.
@@ -77,13 +86,14 @@ class Card:
     name: str
     title: str
     summary: str
-    room: Literal["norms", "inits", "weights", "optim", "regularizers"]
+    room: Room
     source: Source | None
     batch_statistics: bool = False
     batch_of_one: Literal["trains", "needs space", "refuses"] = "trains"
     eval_differs: bool = False
     keeps_evaluation: bool = False
     stochastic: bool = False
+    needs_closure: bool = False
     state: tuple[str, ...] = ()
     best_for: str = ""
     limits: tuple[str, ...] = ()
@@ -106,18 +116,34 @@ class Setting:
         optimizer: The kind of the task's optimiser, ``"sgd"`` or ``"adamw"``.
         lr: The base learning rate.
         total_steps: The number of optimiser steps planned.
+        steps_per_epoch: The number of them in one pass over the training set.
         generator: For random draws of the method's own.
         say: Takes one sentence about what was done, for the records.
+        draw: Returns the i-th of as many fresh batches as are wanted, the same on all processes;
+            None where there are no more than ``batches``. See `fresh_batch`.
     """
 
-    batches: tuple[tuple[Tensor, Tensor], ...]
+    batches: tuple[Batch, ...]
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     num_classes: int = 10
     optimizer: str = "sgd"
     lr: float = 0.1
     total_steps: int = 1
+    steps_per_epoch: int = 1
     generator: torch.Generator = field(default_factory=torch.Generator)
     say: Callable[[str], None] = _say_nothing
+    draw: Callable[[int], Batch] | None = None
+
+    def fresh_batch(self, index: int) -> Batch:
+        """Return the ``index``-th fresh training batch, drawn apart from training.
+
+        Args:
+            index: 0, 1, 2, ...; the same index gives the same batch.
+
+        Returns:
+            Inputs and targets; where there are only ``batches``, these in turn.
+        """
+        return self.batches[index % len(self.batches)] if self.draw is None else self.draw(index)
 
 
 def _keep_model(model: nn.Module, setting: Setting) -> nn.Module:
@@ -125,8 +151,8 @@ def _keep_model(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 def _keep_batch(
-    inputs: Tensor, targets: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    inputs: Tensor, targets: Tensor, generator: torch.Generator, setting: Setting
+) -> Batch:
     return inputs, targets
 
 
@@ -162,7 +188,8 @@ class Method:
         prepare: ``(model, setting) -> model``: surgery, re-parametrisation, initialisation. The
             model given may be changed in place; the one returned is to be used. Raises
             `Unsuitable` with the reason where the method does not fit.
-        batch: ``(inputs, targets, generator) -> (inputs, targets)``: mixup, label smoothing.
+        batch: ``(inputs, targets, generator, setting) -> (inputs, targets)``: mixup, label
+            smoothing. Targets may become probabilities ``(N, num_classes)``.
         parameter_groups: ``(groups, model, setting) -> groups``: takes the optimiser's groups and
             returns them split or changed.
         optimizer: ``(groups, make) -> optimizer``: replaces or wraps what ``make(groups)`` returns.
@@ -174,7 +201,7 @@ class Method:
 
     card: Card
     prepare: Callable[..., nn.Module] = _keep_model
-    batch: Callable[..., tuple[Tensor, Tensor]] = _keep_batch
+    batch: Callable[..., Batch] = _keep_batch
     parameter_groups: Callable[..., list[Group]] = _keep_groups
     optimizer: Callable[..., torch.optim.Optimizer] = _plain_optimizer
     attach: Callable[..., None] = _attach_nothing
@@ -268,9 +295,11 @@ def compose(methods: Iterable[Method]) -> Method:
     def prepare(model: nn.Module, setting: Setting) -> nn.Module:
         return reduce(lambda changed, part: part.prepare(changed, setting), parts, model)
 
-    def batch(inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(
+        inputs: Tensor, targets: Tensor, generator: torch.Generator, setting: Setting
+    ) -> Batch:
         for part in parts:
-            inputs, targets = part.batch(inputs, targets, generator)
+            inputs, targets = part.batch(inputs, targets, generator, setting)
         return inputs, targets
 
     def parameter_groups(groups: list[Group], model: nn.Module, setting: Setting) -> list[Group]:
@@ -305,6 +334,7 @@ def compose(methods: Iterable[Method]) -> Method:
         eval_differs=any(card.eval_differs for card in cards),
         keeps_evaluation=all(card.keeps_evaluation for card in cards),
         stochastic=any(card.stochastic for card in cards),
+        needs_closure=any(card.needs_closure for card in cards),
         state=tuple(state for card in cards for state in card.state),
     )
     return Method(

@@ -9,7 +9,7 @@ import normlab
 
 PACKAGE = Path(normlab.__file__).parent
 GROUND = ("method", "moments", "kernels", "surgery")
-ROOMS = ("norms", "inits", "weights", "optim", "regularizers")
+ROOMS = ("norms", "inits", "weights", "optim", "regularizers", "activations")
 
 # Room (the first that matches a module's name) to the rooms it may import beside itself.
 ALLOWED = {
@@ -25,7 +25,7 @@ ALLOWED = {
     "conversion": ("catalog", *GROUND),
     "testing": ("catalog", *GROUND),
     "__main__": ("lab.cli",),
-    "lab": ("", *GROUND, *ROOMS, "catalog", "conversion", "instruments"),
+    "lab": ("", *GROUND, *ROOMS, "growth", "catalog", "conversion", "instruments"),
 }
 
 # The same within the workbench.

@@ -1,5 +1,7 @@
 """Equal terms: what every method of a comparison shares at a given seed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rich.console import Console
@@ -7,12 +9,16 @@ from torch import nn
 
 from normlab.catalog import find_method
 from normlab.lab import records
+from normlab.lab.batches import Batches
+from normlab.lab.checkpoint import Position
 from normlab.lab.compare import card_data, compare
+from normlab.lab.loops.supervised import Loop, Outcome, loss_of, train
 from normlab.lab.processes import Processes
 from normlab.lab.study import Study, make_study
 from normlab.lab.tasks import load_task
 from normlab.lab.tasks.task import Task
 from normlab.lab.trial import Trial, make_setting, prepare
+from normlab.method import Method, Setting
 
 QUIET = Console(quiet=True)
 
@@ -145,3 +151,82 @@ def test_a_rate_is_judged_on_several_seeds(tmp_path):
         assert [one["seed"] for one in tried] == [0, 1]
     means = {lr: sum(one["final_accuracy"] for one in tried) / 2 for lr, tried in by_rate.items()}
     assert means[result["lr"]] == max(means.values())
+
+
+def train_briefly(method: Method, model: nn.Module, folder) -> Outcome:
+    """Train three steps on digits with a method that need not be in the catalogue."""
+    task, processes = load_task("digits"), Processes("cpu")
+    setting = make_setting(Trial(small_study(), "none", 0, 0.1, folder), task, processes, 3, print)
+    optimizer = method.optimizer(
+        [{"params": list(model.parameters()), "lr": 0.1, "initial_lr": 0.1}], torch.optim.SGD
+    )
+    batches = Batches(task.train, mean=task.mean, std=task.std, batch_size=20, seed=0)
+    loop = Loop(
+        model=model.train(),
+        method=method,
+        setting=setting,
+        optimizer=optimizer,
+        task=task,
+        batches=batches,
+        seed=0,
+        total_steps=3,
+        evaluate_every=3,
+        schedule="constant",
+        warmup_steps=0,
+        processes=processes,
+        checkpoints=folder,
+        on_step=lambda step, loss: None,
+        stopping=lambda: False,
+    )
+    return train(loop, records.NoMetrics(), Position())
+
+
+def test_a_step_of_two_passes_gets_a_closure_with_equal_noise(tmp_path):
+    seen = []
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.enable_grad():
+                seen.append([closure().item(), closure().item()])
+            return super().step()
+
+    card = replace(find_method("none").card, name="twice", needs_closure=True)
+    method = Method(card=card, optimizer=lambda groups, make: Twice(groups, lr=0.1))
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+    train_briefly(method, model, tmp_path)
+    assert len(seen) == 3
+    assert all(first == second for first, second in seen)
+
+
+def test_a_method_may_turn_targets_into_probabilities(tmp_path):
+    def smooth(inputs, targets, generator, setting):
+        hard = nn.functional.one_hot(targets, setting.num_classes).float()
+        return inputs, 0.9 * hard + 0.1 / setting.num_classes
+
+    method = Method(card=replace(find_method("none").card, name="smooth"), batch=smooth)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert train_briefly(method, model, tmp_path).status == "finished"
+
+
+def test_auxiliary_heads_count_less():
+    logits, targets = torch.randn(2, 3, 4), torch.tensor([0, 1, 2])
+    loss = nn.functional.cross_entropy
+    expected = loss(logits[0], targets) + 0.4 * loss(logits[1], targets)
+    torch.testing.assert_close(loss_of((logits[0], logits[1]), targets, loss), expected)
+
+
+def test_fresh_batches_are_the_same_for_the_same_index(tmp_path):
+    setting = make_setting(
+        Trial(small_study(), "none", 0, 0.1, tmp_path),
+        load_task("digits"),
+        Processes("cpu"),
+        10,
+        lambda _: None,
+    )
+    far = 3 * setting.steps_per_epoch + 1
+    for index in (0, 1, far):
+        for one, other in zip(setting.fresh_batch(index), setting.fresh_batch(index), strict=True):
+            assert torch.equal(one, other)
+    assert not torch.equal(setting.fresh_batch(0)[0], setting.fresh_batch(far)[0])
+    alone = Setting(batches=setting.batches)
+    assert alone.fresh_batch(len(setting.batches))[0] is setting.batches[0][0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normlab.catalog import find_method
 from normlab.lab import checkpoint, records
 from normlab.lab.batches import Batches
-from normlab.lab.loops.supervised import Interrupted, Loop, derived_seed, train
+from normlab.lab.loops.supervised import Interrupted, Loop, derived_seed, loss_of, train
 from normlab.lab.models import build_model
 from normlab.lab.processes import Processes
 from normlab.lab.study import Study, Training
@@ -143,6 +143,7 @@ def _train(
     loop = Loop(
         model=model,
         method=method,
+        setting=setting,
         optimizer=optimizer,
         task=task,
         batches=batches,
@@ -241,13 +242,15 @@ def make_setting(
     count = min(wanted, examples.steps_per_epoch)
     return Setting(
         batches=tuple(examples.batch(0, number) for number in range(count)),
-        loss=task.loss,
+        loss=lambda outputs, targets: loss_of(outputs, targets, task.loss),
         num_classes=task.num_classes,
         optimizer=training.optimizer,
         lr=trial.lr,
         total_steps=total_steps,
+        steps_per_epoch=examples.steps_per_epoch,
         generator=torch.Generator().manual_seed(derived_seed(trial.seed, "preparation")),
         say=say,
+        draw=lambda index: examples.batch(*divmod(index, examples.steps_per_epoch)),
     )
 
 

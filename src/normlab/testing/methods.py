@@ -60,15 +60,22 @@ class MethodCase:
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, number: int = 0) -> float:
         """Take one training step and return the loss."""
-        torch.manual_seed(number)
         generator = torch.Generator().manual_seed(number)
-        inputs, targets = self.method.batch(self.inputs, self.targets, generator)
-        loss = nn.functional.cross_entropy(model(inputs), targets)
-        penalty = self.method.penalty(model)
-        if penalty is not None:
-            loss = loss + penalty
-        optimizer.zero_grad()
-        loss.backward()
+        inputs, targets = self.method.batch(self.inputs, self.targets, generator, self.setting())
+
+        def compute() -> Tensor:
+            torch.manual_seed(number)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            penalty = self.method.penalty(model)
+            if penalty is not None:
+                loss = loss + penalty
+            loss.backward()
+            return loss
+
+        if self.method.card.needs_closure:
+            return float(optimizer.step(compute))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        loss = compute()
         optimizer.step()
         return loss.item()
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from normlab.lab.processes import Processes
 from normlab.lab.records import MetricsWriter, NoMetrics
 from normlab.lab.schedules import Schedule, rate_factor
 from normlab.lab.tasks.task import Task
-from normlab.method import Method
+from normlab.method import Method, Setting
 from normlab.surgery.flow import evaluating
 
 LINES_PER_EPOCH = 20
@@ -54,6 +55,7 @@ class Loop:
     Attributes:
         model: The prepared model, on the device.
         method: The method, for its parts that act within a step.
+        setting: What the method may know.
         optimizer: Its groups carry ``initial_lr``.
         task: Data, loss and metric.
         batches: The training batches.
@@ -70,6 +72,7 @@ class Loop:
 
     model: nn.Module
     method: Method
+    setting: Setting
     optimizer: torch.optim.Optimizer
     task: Task
     batches: Batches
@@ -110,7 +113,7 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
     model, optimizer, processes = loop.model, loop.optimizer, loop.processes
     per_epoch = loop.batches.steps_per_epoch
     lines_apart = max(STEPS_PER_LINE, per_epoch // LINES_PER_EPOCH)
-    forward = processes.distribute(model)
+    forward, wrapped = processes.distribute(model), list(model.parameters())
     recent = [torch.tensor(loss, device=processes.device) for loss in position.recent_losses]
     final = _evaluate(loop, metrics, position) if position.step == 0 else {}
     saved_at, saving_took = time.monotonic(), 0.0
@@ -129,16 +132,10 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
             rate = rate_factor(step, loop.total_steps, loop.schedule, loop.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
-            inputs, targets = loop.batches.batch(epoch, index)
-            generator = torch.Generator().manual_seed(derived_seed(loop.seed, "method", step))
-            inputs, targets = loop.method.batch(inputs, targets, generator)
-            _seed_noise(derived_seed(loop.seed, "noise", step, processes.rank), processes.device)
-            optimizer.zero_grad(set_to_none=True)
-            with processes.autocast():
-                loss = loop.task.loss(forward(inputs), targets)
-                penalty = loop.method.penalty(model)
-            (loss if penalty is None else loss + penalty).backward()
-            optimizer.step()
+            if processes.size > 1 and not _same(wrapped, model.parameters()):
+                # The network grew: what wraps it still waits for gradients of the old parameters.
+                forward, wrapped = processes.distribute(model), list(model.parameters())
+            loss = _step(loop, forward, step, *loop.batches.batch(epoch, index))
         if measured:
             position.peak_memory_bytes = peak[0]
         position.step += 1
@@ -180,6 +177,57 @@ def train(loop: Loop, metrics: MetricsWriter | NoMetrics, position: Position) ->
         if stopping and not ended:
             raise Interrupted
     return Outcome("finished", None, final)
+
+
+def _step(loop: Loop, forward: nn.Module, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Take one step and return its loss, without penalty."""
+    method, optimizer, processes = loop.method, loop.optimizer, loop.processes
+    generator = torch.Generator().manual_seed(derived_seed(loop.seed, "method", step))
+    inputs, targets = method.batch(inputs, targets, generator, loop.setting)
+    noise = derived_seed(loop.seed, "noise", step, processes.rank)
+    losses = []
+
+    def compute() -> Tensor:
+        # A second pass through the same batch sees the noise of the first.
+        _seed_noise(noise, processes.device)
+        optimizer.zero_grad(set_to_none=True)
+        with processes.autocast():
+            losses.append(loop.setting.loss(forward(inputs), targets))
+            penalty = method.penalty(loop.model)
+        total = losses[-1] if penalty is None else losses[-1] + penalty
+        total.backward()
+        return total
+
+    if method.card.needs_closure:
+        optimizer.step(compute)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    else:
+        compute()
+        optimizer.step()
+    return losses[0]
+
+
+def loss_of(
+    outputs: Tensor | tuple[Tensor, ...],
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    auxiliary_weight: float = 0.4,
+) -> Tensor:
+    """Return the loss of a model's training output, auxiliary heads included.
+
+    Args:
+        outputs: Logits, or a tuple of logits and those of auxiliary heads, as Inception's.
+        targets: The targets of all of them.
+        loss: The loss of one head.
+        auxiliary_weight: What an auxiliary head's loss counts beside the first's.
+    """
+    if isinstance(outputs, Tensor):
+        return loss(outputs, targets)
+    main, *others = outputs
+    return loss(main, targets) + sum(auxiliary_weight * loss(other, targets) for other in others)
+
+
+def _same(ones: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> bool:
+    return all(one is other for one, other in zip_longest(ones, others))
 
 
 def evaluate(model: nn.Module, task: Task, processes: Processes) -> tuple[float, float]:
