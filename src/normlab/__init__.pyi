@@ -55,6 +55,8 @@ from normlab.norms.ic_layer import IndependentComponent as IndependentComponent
 from normlab.norms.ic_layer import IndependentComponentUnit as IndependentComponentUnit
 from normlab.norms.kalman_filter import Posterior as Posterior
 from normlab.norms.none import ChannelBias as ChannelBias
+from normlab.optim.adaptive_clipping import AdaptiveClipping as AdaptiveClipping
+from normlab.optim.adaptive_clipping import clip_adaptively_ as clip_adaptively_
 from normlab.optim.weight_rescaling import WeightRescaler as WeightRescaler
 from normlab.optim.weight_rescaling import equivalent_lr as equivalent_lr
 from normlab.optim.weight_rescaling import rescale_ as rescale_
@@ -71,5 +73,8 @@ from normlab.surgery.plan import Plan as Plan
 from normlab.surgery.recalibrate import recalibrate as recalibrate
 from normlab.surgery.scale_free import find_scale_free_weights as find_scale_free_weights
 from normlab.surgery.swap import swap as swap
+from normlab.weights.weight_standardization import WeightStandardization as WeightStandardization
+from normlab.weights.weight_standardization import standardize_weight as standardize_weight
+from normlab.weights.weight_standardization import standardize_weights as standardize_weights
 
 __version__: str

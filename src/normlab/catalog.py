@@ -21,8 +21,9 @@ from normlab.norms import (
     layer_norm,
     none,
 )
-from normlab.optim import weight_rescaling
+from normlab.optim import adaptive_clipping, weight_rescaling
 from normlab.regularizers import dropout
+from normlab.weights import weight_standardization
 
 METHODS: tuple[Method, ...] = (
     batch_norm.METHOD,
@@ -42,6 +43,8 @@ METHODS: tuple[Method, ...] = (
     batch_kalman_norm.METHOD,
     batchless_norm.METHOD,
     ghost_batch_norm.METHOD,
+    weight_standardization.METHOD,
+    adaptive_clipping.METHOD,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 

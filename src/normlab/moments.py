@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd.forward_ad import unpack_dual
 
 
 class Moments(NamedTuple):
@@ -182,3 +183,17 @@ class _SumOverProcesses(torch.autograd.Function):
         total = gradients[0].clone()
         distributed.all_reduce(total, group=ctx.group)
         return total, None
+
+
+def runs_eagerly(*arguments: Tensor | float | None) -> bool:
+    """Whether an autograd function of our own may take the place of the plain equations.
+
+    It may in eager mode, in reverse mode, on torch's own tensors: `torch.compile`, `torch.func`,
+    forward-mode derivatives and subclasses of tensors go by the plain equations.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    tensors = [one for one in arguments if isinstance(one, Tensor)]
+    # A subclass may be anything: a distributed tensor cannot be written into like a plain one.
+    plain = all(type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
+    return plain and all(unpack_dual(one).tangent is None for one in tensors)

@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from normlab.moments import per_channel, wide
+from normlab.moments import per_channel, runs_eagerly, wide
 
 
 def filter_response_unit(
@@ -57,7 +56,7 @@ def filter_response_unit(
         >>> filter_response_unit(x, torch.ones(1), torch.zeros(1), 1e-6, torch.zeros(1))
         tensor([[[1.2000, 0.0000, 0.0000, 0.0000]]])
     """
-    if _in_one_node(x, weight, bias, eps, threshold):
+    if runs_eagerly(x, weight, bias, eps, threshold):
         return _FilterResponseUnit.apply(x, weight, bias, eps, threshold)
     full = wide(x)
     inverse = (_over_space(full.square()) / _space(x) + eps).rsqrt()
@@ -77,7 +76,7 @@ def thresholded_linear_unit(x: Tensor, threshold: Tensor) -> Tensor:
     Returns:
         A tensor like ``x``.
     """
-    if _in_one_node(x, threshold):
+    if runs_eagerly(x, threshold):
         return _ThresholdedLinearUnit.apply(x, threshold)
     return torch.maximum(x, per_channel(threshold, x).to(x.dtype))
 
@@ -163,16 +162,6 @@ class _ThresholdedLinearUnit(torch.autograd.Function):
             return d_x, None
         stopped = _over_space(wide(gradients[0])) - _over_space(wide(d_x))
         return d_x, stopped.sum(0)
-
-
-def _in_one_node(*arguments: Tensor | float | None) -> bool:
-    """Whether only reverse mode, in eager mode, on torch's own tensors is asked for."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    tensors = [one for one in arguments if isinstance(one, Tensor)]
-    # A subclass may be anything: a distributed tensor cannot be written into like a plain one.
-    plain = all(type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
-    return plain and all(unpack_dual(one).tangent is None for one in tensors)
 
 
 def _passed_twice(gradient: Tensor, side: Tensor) -> Tensor:
