@@ -466,22 +466,103 @@ class Mixed(nn.Module):
 
 
 def test_the_finder_takes_what_is_free_of_scale_and_says_why_not():
+    torch.manual_seed(0)
     found = find_scale_free_weights(Mixed(), torch.randn(2, 3, 4, 4))
     assert [weight.name for weight in found.weights] == ["stem", "branch.0"]
-    alone = "no normaliser, or not a normaliser alone, takes its output"
+    matters = "the outputs change with its scale"
+    together = "its units are free of scale only together: use granularity='layer'"
     assert found.skipped == {
-        "depthwise": alone,
-        "added": alone,
-        "activated": alone,
+        "depthwise": matters,
+        "added": matters,
+        "activated": together,
         "one": "its normaliser serves another layer, too",
         "two": "its normaliser serves another layer, too",
         "frozen": "it is frozen",
         "normed": "its weight is re-parametrised",
-        "grouped": "GroupNorm takes its output: use granularity='layer'",
+        "grouped": together,
         "unused": "it is not called",
-        "tokens": "its output units are not the channels of the normaliser",
-        "fc": alone,
+        "tokens": together,
+        "fc": matters,
     }
+
+
+def test_whole_layers_whose_scale_is_lost_further_on_are_told_apart_by_running_statistics():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4)
+    found = find_scale_free_weights(Mixed(), x, granularity="layer")
+    assert {weight.name for weight in found.weights} == {"stem", "branch.0", "grouped"}
+    assert found.skipped["tokens"] == "its output units are not the channels of the normaliser"
+    assert found.skipped["activated"] == "running statistics further on cannot move along"
+
+
+class Kernel(nn.Module):
+    """A layer of nobody else's: the weight has another name, and the norm is a function."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.kernel, self.norm = nn.Parameter(torch.randn(4, 3)), norm
+
+    def forward(self, x):
+        return self.norm(nn.functional.linear(x, self.kernel))
+
+
+class OwnNorm(nn.Module):
+    def forward(self, x):
+        return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+OWN = {
+    "own module": (OwnNorm(), "layer", 1),
+    "function over features": (lambda y: nn.functional.layer_norm(y, (4,)), "layer", 1),
+    "function over groups": (
+        lambda y: nn.functional.group_norm(10 * y.repeat(1, 3), 6),
+        "layer",
+        1,
+    ),
+    "function over the batch": (lambda y: (y - y.mean(0)) / y.std(0), "filter", 4),
+    "behind a ReLU": (
+        nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4, track_running_stats=False)),
+        "filter",
+        4,
+    ),
+    "direction of each sample": (nn.functional.normalize, "layer", 1),
+}
+
+
+@pytest.mark.parametrize(("norm", "granularity", "groups"), OWN.values(), ids=OWN)
+def test_normalisers_of_any_kind_are_understood(norm, granularity, groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(Kernel(norm), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(6, 3)
+    expected = model(x)
+    found = find_scale_free_weights(model, x, granularity=granularity)
+    assert [(weight.name, weight.num_groups) for weight in found.weights] == [("0.kernel", groups)]
+    assert found.skipped == {"3": "the outputs change with its scale"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    WeightRescaler(optimizer, found.weights, target_norm=20.0).rescale()
+    torch.testing.assert_close(model(x), expected, atol=1e-2, rtol=1e-2)
+
+
+def test_statistics_that_lie_behind_an_activation_keep_a_weight_from_moving():
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.BatchNorm1d(4))
+    found = find_scale_free_weights(model, torch.randn(6, 3))
+    assert found.skipped == {"0": "running statistics further on cannot move along"}
+
+
+def test_looking_changes_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model[1].eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    found = find_scale_free_weights(model, torch.randn(2, 3, generator=torch.Generator()))
+    assert [weight.name for weight in found.weights] == ["0"]
+    assert torch.equal(torch.rand(3), expected)
+    assert modes == [m.training for m in model.modules()]
+    assert all(p.grad is None for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_shared_weights_are_rescaled_once():
@@ -589,14 +670,14 @@ def test_the_method_frees_rescaled_weights_of_decay_and_says_what_it_skips():
         METHOD.attach(model, torch.optim.SGD(groups), setting)
     assert said == [
         "2 weights are rescaled by filter",
-        "not rescaled, because no normaliser, or not a normaliser alone, takes its output: 8",
+        "not rescaled, because the outputs change with its scale: 8",
     ]
 
 
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (nn.Sequential(nn.Conv2d(2, 2, 5), nn.Flatten()), "0: no normaliser"),
+        (nn.Sequential(nn.Conv2d(2, 2, 5), nn.Flatten()), "0: the outputs change"),
         (group_network(), "granularity='layer'"),
         (nn.Flatten(), "there is no such layer"),
     ],

@@ -21,6 +21,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -310,14 +311,22 @@ def _require(valid: bool, operation: str, name: str, value: object, expected: st
         )
 
 
+_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int | str, ...], Findings]] = WeakKeyDictionary()
+"""What was found in a model last, because each part of the method looks, and looking takes time."""
+
+
 def _found(model: nn.Module, setting: Setting, granularity: Granularity) -> Findings:
-    found = find_scale_free_weights(model, setting.batches[0][0][:2], granularity=granularity)
+    parts = (*model.modules(), *model.parameters())
+    key = (granularity, *map(id, parts), *(part.requires_grad for part in model.parameters()))
+    if model not in _FOUND or _FOUND[model][0] != key:
+        inputs = setting.batches[0][0][:2]
+        _FOUND[model] = key, find_scale_free_weights(model, inputs, granularity=granularity)
+    found = _FOUND[model][1]
     if not found.weights:
         reasons = "; ".join(f"{name}: {why}" for name, why in found.skipped.items())
         raise Unsuitable(
-            "weight-rescaling(model): expected a linear or convolutional layer directly followed "
-            f"by a normaliser, got none ({reasons or 'there is no such layer'}); keep the "
-            "BatchNorm layers"
+            "weight-rescaling(model): expected a weight whose scale a normaliser takes away, got "
+            f"none ({reasons or 'there is no such layer'}); keep the normalisers"
         )
     return found
 
@@ -383,7 +392,8 @@ CARD = Card(
     state=("the step counter, and the initial norms if target_norm is 'init'",),
     best_for="Networks with BatchNorm whose weight decay nobody wants to tune.",
     limits=(
-        "Weights that no normaliser follows, the classifier's above all, are left alone.",
+        "Weights whose scale matters, the classifier's above all, are left alone.",
+        "The model is copied and run a few times to see which those are.",
         "A rate tuned with weight decay has to be converted, see equivalent_lr.",
     ),
     departures=(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
 
-from normlab.surgery.flow import Call, Flow, Sum, trace_flow
+from normlab.surgery.flow import Flow, trace_flow
+from normlab.surgery.invariance import Scaled, Twin
 
 Granularity = Literal["filter", "layer"]
 
@@ -66,16 +68,18 @@ class Findings(NamedTuple):
 def find_scale_free_weights(
     model: nn.Module, *inputs: Any, granularity: Granularity = "filter"
 ) -> Findings:
-    """Find the weights of linear and convolutional layers that normalisers directly follow.
+    """Find the weights whose scale does not matter to the outputs in training mode.
 
-    A further use of a layer's output is seen where it is a module, a ReLU or an addition that
-    a module takes; leave out a layer whose output the model hands to another function as well.
+    It is computed, not read from names or classes (see `normlab.surgery.invariance`), so
+    normalisers of anybody's own are understood, wherever they stand. Running statistics move along
+    where a normaliser of torch takes a layer's very output.
 
     Args:
-        model: Any module.
+        model: Any module that can be copied.
         inputs: What its forward takes; two samples are enough.
-        granularity: ``"filter"``: each output unit is a group, in front of BatchNorm and
-            InstanceNorm. ``"layer"``: the whole weight, or each group of a GroupNorm.
+        granularity: ``"filter"``: each output unit is a group, as in front of BatchNorm and
+            InstanceNorm. ``"layer"``: the whole weight, or as many groups as can be scaled apart,
+            as in front of GroupNorm.
 
     Returns:
         The weights, shared ones once, and the layers left out, by name, with the reason.
@@ -86,96 +90,118 @@ def find_scale_free_weights(
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
         >>> find_scale_free_weights(model, torch.zeros(2, 4)).skipped
-        {'3': 'no normaliser, or not a normaliser alone, takes its output'}
+        {'3': 'the outputs change with its scale'}
     """
     if granularity not in ("filter", "layer"):
         raise ValueError(
             f"find_scale_free_weights(granularity={granularity!r}): expected 'filter' or 'layer', "
             f"got {granularity!r}; use 'filter' in front of BatchNorm"
         )
-    flow = trace_flow(model, *inputs)
+    flow, twin = trace_flow(model, *inputs), Twin(model, *inputs)
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(module)
     findings, seen = Findings([], {}), set()
+    scaled: list[Scaled] = []
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if not isinstance(module, _LAYERS) or (weight is not None and id(weight) in seen):
-            continue
-        seen.add(id(weight))
-        if weight is None:
+        if isinstance(module, _LAYERS) and "weight" not in module._parameters:
             findings.skipped[name] = "its weight is re-parametrised"
+        if isinstance(module, (*_NORMALISERS, parametrize.ParametrizationList)):
             continue
-        verdict = _examine(name, weight, owners[id(weight)], flow, granularity)
-        if isinstance(verdict, str):
-            findings.skipped[name] = verdict
-        else:
-            findings.weights.append(verdict)
+        for key, weight in module._parameters.items():
+            if weight is None or weight.dim() < 2 or id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            full = name if key == "weight" else f"{name}.{key}".removeprefix(".")
+            verdict = _examine(full, weight, owners[id(weight)], flow, twin, granularity)
+            if isinstance(verdict, str):
+                findings.skipped[full] = verdict
+            else:
+                findings.weights.append(verdict)
+                scaled.append(_in_twin(verdict, twin, verdict.num_groups))
+    if not twin.keeps_evaluation(scaled):
+        for weight, one in zip(tuple(findings.weights), scaled, strict=True):
+            if not twin.keeps_evaluation([one]):
+                findings.weights.remove(weight)
+                findings.skipped[weight.name] = "running statistics further on cannot move along"
     return findings
 
 
 def _examine(
-    name: str, weight: nn.Parameter, owners: list[nn.Module], flow: Flow, granularity: Granularity
+    name: str,
+    weight: nn.Parameter,
+    owners: list[nn.Module],
+    flow: Flow,
+    twin: Twin,
+    granularity: Granularity,
 ) -> ScaleFreeWeight | str:
-    """Return the weight with what moves along with it, or the reason why it must be skipped."""
+    """Return the weight with what moves along with it, or the reason to leave it out."""
     if not weight.requires_grad:
         return "it is frozen"
-    layouts = {(getattr(owner, "groups", 1), isinstance(owner, _TRANSPOSED)) for owner in owners}
-    if len(layouts) > 1 or not all(isinstance(owner, _LAYERS) for owner in owners):
+    if twin.of(weight).grad is None:
+        return "it is not called"
+    of_torch = all(isinstance(owner, _LAYERS) for owner in owners)
+    layouts = {
+        (getattr(owner, "groups", 1), isinstance(owner, _TRANSPOSED)) if of_torch else (1, False)
+        for owner in owners
+    }
+    if len(layouts) > 1:
         return "its weight is shared with a layer of another kind"
-    conv_groups, transposed = layouts.pop()
-    num_groups: set[int] = set()
-    biases: dict[int, nn.Parameter] = {}
-    statistics: dict[_NormBase, nn.Parameter | None] = {}
+    found = ScaleFreeWeight(name, weight, 1, *layouts.pop())
+    units = math.prod(found.units(weight).shape[:2])
+    if twin.is_free(_in_twin(found, twin, units)):
+        found = replace(found, num_groups=units if granularity == "filter" else 1)
+    else:
+        # A normaliser that keeps the mean, or shares it among units, needs the bias to go along.
+        biases = {id(b): b for owner in owners if (b := owner._parameters.get("bias")) is not None}
+        tied = all(twin.of(b).grad is not None and len(b) == units for b in biases.values())
+        found = replace(found, biases=tuple(biases.values()) if of_torch and tied else ())
+        counts = [count for count in range(units, 0, -1) if units % count == 0]
+        most = next((count for count in counts if twin.is_free(_in_twin(found, twin, count))), 0)
+        if most == 0:
+            return "the outputs change with its scale"
+        if granularity == "filter":
+            return "its units are free of scale only together: use granularity='layer'"
+        found = replace(found, num_groups=most)
+    statistics = _statistics(owners, flow, units, with_bias=not found.biases)
+    return statistics if isinstance(statistics, str) else replace(found, statistics=statistics)
+
+
+def _in_twin(found: ScaleFreeWeight, twin: Twin, num_groups: int) -> Scaled:
+    weight, biases = twin.of(found.weight), [twin.of(bias) for bias in found.biases]
+    return Scaled(
+        num_groups,
+        [found.units(weight.detach()), *(bias.detach()[None] for bias in biases)],
+        [found.units(weight.grad), *(bias.grad[None] for bias in biases)],
+        [
+            (twin.of(norm), None if bias is None else twin.of(bias).detach())
+            for norm, bias in found.statistics
+        ],
+    )
+
+
+def _statistics(
+    owners: list[nn.Module], flow: Flow, units: int, *, with_bias: bool
+) -> tuple[tuple[_NormBase, nn.Parameter | None], ...] | str:
+    """Return the normalisers whose running statistics move with a weight, or why they cannot."""
     calls = [call for owner in owners for call in flow.of(owner)]
+    found: dict[_NormBase, nn.Parameter | None] = {}
     for call in calls:
-        bias = call.module._parameters.get("bias")
-        takers = _normalisers_after(call, flow)
-        if not takers:
-            return "no normaliser, or not a normaliser alone, takes its output"
-        for taker in takers:
+        bias = call.module._parameters.get("bias") if with_bias else None
+        for taker in flow.calls:
             norm = taker.module
-            if isinstance(norm, _JOINT):
-                if granularity == "filter":
-                    return f"{type(norm).__name__} takes its output: use granularity='layer'"
-                if bias is not None:
-                    biases[id(bias)] = bias
-                if not isinstance(norm, nn.GroupNorm):
-                    num_groups.add(1)
-                    continue
-            wanted = 2 if isinstance(call.module, nn.Linear) else weight.dim()
-            if taker.input_shape is None or len(taker.input_shape) != wanted:
-                return "its output units are not the channels of the normaliser"
-            channels = taker.input_shape[1]
-            by_unit = channels if granularity == "filter" else 1
-            num_groups.add(norm.num_groups if isinstance(norm, nn.GroupNorm) else by_unit)
-            if isinstance(norm, _NormBase) and norm.running_mean is not None:
-                others = any(other.source not in calls for other in flow.of(norm))
-                if others or statistics.setdefault(norm, bias) is not bias:
+            if (
+                taker.source is call
+                and isinstance(norm, _NormBase)
+                and norm.running_mean is not None
+            ):
+                if len(norm.running_mean) != units:
+                    return "its output units are not the channels of the normaliser"
+                others = any(use.source not in calls for use in flow.of(norm))
+                if others or found.setdefault(norm, bias) is not bias:
                     return "its normaliser serves another layer, too"
-    if not calls or (biases and statistics):
-        return "normalisers of two kinds take its output" if calls else "it is not called"
-    groups = num_groups.pop() if len(num_groups) == 1 else 1
-    moved, tracked = tuple(biases.values()), tuple(statistics.items())
-    return ScaleFreeWeight(name, weight, groups, conv_groups, transposed, moved, tracked)
-
-
-def _normalisers_after(call: Call, flow: Flow) -> list[Call]:
-    """Return the calls of normalisers that take a call's output; none if anything else does."""
-    # A container only hands its input on; what it holds has calls of its own.
-    takers = [
-        other
-        for other in flow.calls
-        if other.source is call and not any(True for _ in other.module.children())
-    ]
-    activated = [source for relu in flow.functional_relus for source in relu.sources]
-    sums = [s for s in (*activated, *(c.source for c in flow.calls)) if isinstance(s, Sum)]
-    for addition in sums:
-        sums += [term for term in addition.terms if isinstance(term, Sum)]
-    elsewhere = [*activated, *(term for addition in sums for term in addition.terms)]
-    alone = all(isinstance(taker.module, _NORMALISERS) for taker in takers)
-    return takers if alone and not any(use is call for use in elsewhere) else []
+    return tuple(found.items())
 
 
 def by_unit(weight: Tensor, conv_groups: int, transposed: bool) -> Tensor:
