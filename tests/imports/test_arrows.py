@@ -34,6 +34,7 @@ ALLOWED_IN_LAB = {
     "schedules": (),
     "memory": (),
     "card_text": (),
+    "card_page": ("card_text", "claims"),
     "statistics": (),
     "tasks": (),
     "models": (),

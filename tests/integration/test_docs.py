@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-PAGES = [
-    page
-    for page in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
-    if ">>>" in page.read_text(encoding="utf-8")
-]
+from normlab.lab.card_page import pages
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [page for page in sorted(DOCS.glob("*.md")) if ">>>" in page.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -23,3 +22,8 @@ def test_examples(page):
 
 def test_there_is_a_page_about_converting():
     assert "convert" in [page.stem for page in PAGES]
+
+
+def test_the_methods_pages_are_those_of_their_cards():
+    written = {page.name: page.read_text("utf-8") for page in (DOCS / "methods").glob("*.md")}
+    assert written == pages(), "write them anew: python -m normlab.lab.card_page docs/methods"

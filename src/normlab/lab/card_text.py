@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 
-from normlab.method import Method
+from normlab.method import Card, Method
 
 _BATCH_OF_ONE = {
     "trains": "trains on a single sample",
@@ -34,22 +35,44 @@ def card_text(method: Method, width: int = 88) -> str:
         )
         text = f"Source: {source.authors}, “{source.title}”, {source.year}"
         lines += [_wrap(f"{text}, {place}." if place else f"{text}.", width)]
+    lines += [_wrap(f"In training: {'; '.join(facts_of(card))}.", width)]
+    defaults = method.defaults()
+    if defaults:
+        lines += ["", "Options (name=default):"]
+        lines += [f"  {option_line(name, default)}" for name, default in defaults.items()]
+    for title, entries in (("Limits", card.limits), ("Departs from the paper", card.departures)):
+        if entries:
+            lines += ["", f"{title}:"]
+            lines += [_wrap(f"- {entry}", width, indent="  ") for entry in entries]
+    lines += ["", f"Code: {code_of(method)}"]
+    return "\n".join(lines)
+
+
+def facts_of(card: Card) -> list[str]:
+    """Return what a card says about training, in a few words each."""
     facts = [
         _BATCH_OF_ONE[card.batch_of_one],
         "uses statistics of the batch" if card.batch_statistics else "each sample stands alone",
         "evaluates otherwise than it trains" if card.eval_differs else "the same in evaluation",
     ]
-    lines += [_wrap(f"In training: {'; '.join(facts)}.", width)]
-    defaults = method.defaults()
-    if defaults:
-        lines += ["", "Options (name=default):"]
-        lines += [f"  {name}={default}" for name, default in defaults.items()]
-    for title, entries in (("Limits", card.limits), ("Departs from the paper", card.departures)):
-        if entries:
-            lines += ["", f"{title}:"]
-            lines += [_wrap(f"- {entry}", width, indent="  ") for entry in entries]
-    lines += ["", f"Code: normlab/{card.room}/{card.name.replace('-', '_')}.py"]
-    return "\n".join(lines)
+    if card.needs_closure:
+        facts.append("a step takes more than one pass")
+    return facts
+
+
+def option_line(name: str, default: object) -> str:
+    """Return an option with its default as one types it."""
+    return f"{name}={default}"
+
+
+def code_of(method: Method) -> str:
+    """Return the path of the file that holds a method, from the package on."""
+    for part in (method.prepare, method.attach, method.optimizer, method.batch, method.penalty):
+        function = part.func if isinstance(part, partial) else part
+        if function.__module__ != Method.__module__:
+            return function.__module__.replace(".", "/") + ".py"
+    card = method.card
+    return f"normlab/{card.room}/{card.name.replace('-', '_')}.py"
 
 
 def _wrap(text: str, width: int, indent: str = "") -> str:
