@@ -23,7 +23,7 @@ from normlab.norms import (
 )
 from normlab.optim import adaptive_clipping, weight_rescaling
 from normlab.regularizers import dropout
-from normlab.weights import weight_standardization
+from normlab.weights import spectral_norm, weight_standardization
 
 METHODS: tuple[Method, ...] = (
     batch_norm.METHOD,
@@ -45,6 +45,8 @@ METHODS: tuple[Method, ...] = (
     ghost_batch_norm.METHOD,
     weight_standardization.METHOD,
     adaptive_clipping.METHOD,
+    spectral_norm.METHOD,
+    spectral_norm.BIDIRECTIONAL,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 
