@@ -14,6 +14,7 @@ from normlab.norms.batch_norm import SynchronizedBatchNorm
 from normlab.norms.class_standardization import ClassStandardization
 from normlab.norms.cross_iteration_batch_norm import CrossIterationBatchNorm
 from normlab.norms.kalman_filter import Posterior
+from normlab.weights.mean_only_batch_norm import MeanOnlyBatchNorm
 from synchronized_work import PROCESSES, counted, observe
 
 STEPS = 2
@@ -37,6 +38,9 @@ def cases(dtype):
     maps = [(4, 3, 2, 5), (2, 3, 2, 5)]
     table = {
         "batch norm": (SynchronizedBatchNorm(3), maps),
+        "mean only, maps": (MeanOnlyBatchNorm(3), maps),
+        "mean only, plain average": (MeanOnlyBatchNorm(3, None), maps),
+        "mean only, one each": (MeanOnlyBatchNorm(3), [(1, 3), (1, 3)]),
         "class standardisation": (ClassStandardization(3, divided=True), [(5, 3), (3, 3)]),
         "class standardisation, variance": (
             ClassStandardization(3, divided=True, divide_by="variance"),

@@ -73,10 +73,14 @@ from normlab.surgery.plan import Plan as Plan
 from normlab.surgery.recalibrate import recalibrate as recalibrate
 from normlab.surgery.scale_free import find_scale_free_weights as find_scale_free_weights
 from normlab.surgery.swap import swap as swap
+from normlab.weights.mean_only_batch_norm import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from normlab.weights.spectral_norm import SpectralNorm as SpectralNorm
 from normlab.weights.spectral_norm import bidirectional_spectral_norm as bidirectional_spectral_norm
 from normlab.weights.spectral_norm import frozen_power_iteration as frozen_power_iteration
 from normlab.weights.spectral_norm import spectral_norm as spectral_norm
+from normlab.weights.weight_norm_parametrization import remove_weight_norm as remove_weight_norm
+from normlab.weights.weight_norm_parametrization import weight_normalize as weight_normalize
+from normlab.weights.weight_norm_start import data_dependent_start as data_dependent_start
 from normlab.weights.weight_standardization import WeightStandardization as WeightStandardization
 from normlab.weights.weight_standardization import standardize_weight as standardize_weight
 from normlab.weights.weight_standardization import standardize_weights as standardize_weights

@@ -23,7 +23,7 @@ from normlab.norms import (
 )
 from normlab.optim import adaptive_clipping, weight_rescaling
 from normlab.regularizers import dropout
-from normlab.weights import spectral_norm, weight_standardization
+from normlab.weights import spectral_norm, weight_norm, weight_standardization
 
 METHODS: tuple[Method, ...] = (
     batch_norm.METHOD,
@@ -47,6 +47,7 @@ METHODS: tuple[Method, ...] = (
     adaptive_clipping.METHOD,
     spectral_norm.METHOD,
     spectral_norm.BIDIRECTIONAL,
+    weight_norm.METHOD,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 

@@ -34,6 +34,7 @@ LABELS = [
     "fixup+dropout",
     "group-norm+dropout",
     "none+weight-standardization+adaptive-clipping",
+    "weight-norm:mean_only=true",
 ]
 
 

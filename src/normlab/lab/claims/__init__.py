@@ -16,6 +16,7 @@ from normlab.lab.claims import (
     ic_layer,
     micro_batches,
     recalibration,
+    weight_norm,
     weight_rescaling,
 )
 from normlab.lab.claims.claim import Claim
@@ -33,6 +34,7 @@ CLAIMS: tuple[Claim, ...] = (
     batchless_norm.CLAIM,
     micro_batches.CLAIM,
     recalibration.CLAIM,
+    weight_norm.CLAIM,
 )
 """Every claim, once."""
 
