@@ -3,11 +3,15 @@ from normlab.catalog import find_method as find_method
 from normlab.conversion import convert as convert
 from normlab.conversion import fold as fold
 from normlab.conversion import freeze as freeze
+from normlab.growth.grower import Grower as Grower
+from normlab.growth.pairs import find_pairs as find_pairs
+from normlab.growth.widen import widen as widen
 from normlab.inits.bn_init import bn_init_ as bn_init_
 from normlab.inits.bn_init import param_groups as param_groups
 from normlab.inits.bn_init_recipe import online_input_norm as online_input_norm
 from normlab.inits.fixup import Branch as Branch
 from normlab.inits.fixup import fixup_ as fixup_
+from normlab.inits.fixup_any import fixup_any_ as fixup_any_
 from normlab.inits.fixup_blocks import FixupBasicBlock as FixupBasicBlock
 from normlab.inits.fixup_blocks import FixupBottleneck as FixupBottleneck
 from normlab.inits.fixup_blocks import ScalarBias as ScalarBias
@@ -55,14 +59,27 @@ from normlab.norms.ic_layer import IndependentComponent as IndependentComponent
 from normlab.norms.ic_layer import IndependentComponentUnit as IndependentComponentUnit
 from normlab.norms.kalman_filter import Posterior as Posterior
 from normlab.norms.none import ChannelBias as ChannelBias
+from normlab.optim.accumulate import accumulate as accumulate
 from normlab.optim.adaptive_clipping import AdaptiveClipping as AdaptiveClipping
 from normlab.optim.adaptive_clipping import clip_adaptively_ as clip_adaptively_
+from normlab.optim.batch_growth import BatchGrowth as BatchGrowth
+from normlab.optim.bn_preconditioning import BatchNormPreconditioner as BatchNormPreconditioner
+from normlab.optim.bnp_langevin import (
+    BatchNormPreconditionedLangevin as BatchNormPreconditionedLangevin,
+)
+from normlab.optim.gradient_noise_scale import GradientNoiseScale as GradientNoiseScale
+from normlab.optim.linear_scaling import WarmUp as WarmUp
+from normlab.optim.linear_scaling import scaled_lr as scaled_lr
+from normlab.optim.linear_scaling import warm_up as warm_up
 from normlab.optim.weight_rescaling import WeightRescaler as WeightRescaler
 from normlab.optim.weight_rescaling import equivalent_lr as equivalent_lr
 from normlab.optim.weight_rescaling import rescale_ as rescale_
 from normlab.regularizers.dropout import GaussianDropout as GaussianDropout
 from normlab.regularizers.dropout import monte_carlo as monte_carlo
 from normlab.regularizers.dropout import project_max_norm_ as project_max_norm_
+from normlab.regularizers.mixup import mixup as mixup
+from normlab.surgery.branches import BranchPlan as BranchPlan
+from normlab.surgery.branches import plan_branches as plan_branches
 from normlab.surgery.conversion import Conversion as Conversion
 from normlab.surgery.conversion import Unproven as Unproven
 from normlab.surgery.flow import trace_flow as trace_flow
@@ -78,6 +95,11 @@ from normlab.weights.spectral_norm import SpectralNorm as SpectralNorm
 from normlab.weights.spectral_norm import bidirectional_spectral_norm as bidirectional_spectral_norm
 from normlab.weights.spectral_norm import frozen_power_iteration as frozen_power_iteration
 from normlab.weights.spectral_norm import spectral_norm as spectral_norm
+from normlab.weights.target_space import target_space as target_space
+from normlab.weights.target_space_conv import TargetConv2d as TargetConv2d
+from normlab.weights.target_space_layer import TargetLinear as TargetLinear
+from normlab.weights.target_space_model import TargetSpace as TargetSpace
+from normlab.weights.target_space_recurrent import TargetRecurrent as TargetRecurrent
 from normlab.weights.weight_norm_parametrization import remove_weight_norm as remove_weight_norm
 from normlab.weights.weight_norm_parametrization import weight_normalize as weight_normalize
 from normlab.weights.weight_norm_start import data_dependent_start as data_dependent_start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from normlab.growth import gradmax, random_growth
 from normlab.inits import bn_init, fixup
 from normlab.method import Method, compose
 from normlab.norms import (
@@ -21,9 +22,15 @@ from normlab.norms import (
     layer_norm,
     none,
 )
-from normlab.optim import adaptive_clipping, weight_rescaling
-from normlab.regularizers import dropout
-from normlab.weights import spectral_norm, weight_norm, weight_standardization
+from normlab.optim import (
+    adaptive_clipping,
+    batch_growth,
+    bn_preconditioning,
+    linear_scaling,
+    weight_rescaling,
+)
+from normlab.regularizers import dropout, mixup
+from normlab.weights import spectral_norm, target_space, weight_norm, weight_standardization
 
 METHODS: tuple[Method, ...] = (
     batch_norm.METHOD,
@@ -48,6 +55,13 @@ METHODS: tuple[Method, ...] = (
     spectral_norm.METHOD,
     spectral_norm.BIDIRECTIONAL,
     weight_norm.METHOD,
+    bn_preconditioning.METHOD,
+    linear_scaling.METHOD,
+    batch_growth.METHOD,
+    gradmax.METHOD,
+    random_growth.METHOD,
+    mixup.METHOD,
+    target_space.METHOD,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 

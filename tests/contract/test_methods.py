@@ -35,6 +35,11 @@ LABELS = [
     "group-norm+dropout",
     "none+weight-standardization+adaptive-clipping",
     "weight-norm:mean_only=true",
+    "gradmax:start=0.1",
+    "random-growth:start=0.1",
+    "random-growth:start=0.1,keep_norms=true",
+    "fixup+mixup",
+    "target-space:mode=optimistic",
 ]
 
 

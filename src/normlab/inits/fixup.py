@@ -18,17 +18,14 @@ Departs:
       was scaled with the batch size; the public code takes a tenth of the unscaled one (option
       ``scalar_lr`` sets a rate of its own). The readout's bias belongs to them, as there.
     - A branch with one weight layer, for which the exponent is not defined, starts at zero.
+    - Networks of other forms than the paper's: see `normlab.inits.fixup_any`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
+from normlab.inits.fixup_any import fixup_any_
 from normlab.inits.fixup_blocks import (
     FixupBasicBlock,
     FixupBottleneck,
@@ -36,121 +33,32 @@ from normlab.inits.fixup_blocks import (
     ScalarBias,
     ScalarScale,
 )
+from normlab.inits.fixup_insert import BEFORE
+from normlab.inits.fixup_rules import (
+    branch_factor,
+    find_branches,
+    fixup_,
+    he_normal_,
+    torch_default_,
+)
 from normlab.method import Card, Group, Method, Setting, Source, Unsuitable, split_groups
+from normlab.surgery.branches import Branch, plan_branches
+from normlab.surgery.normalisers import refuse_wrapped
 from normlab.surgery.residual import ResidualBlock, ResidualNetwork, find_residual_network
 from normlab.surgery.swap import swap
 
-
-class Branch(NamedTuple):
-    """A residual branch: its name and its weight layers in order.
-
-    Attributes:
-        name: For messages.
-        layers: Modules with a ``weight``, such as nn.Conv2d and nn.Linear; those of the short path
-            are not among them.
-    """
-
-    name: str
-    layers: Sequence[nn.Module]
-
-
-def branch_factor(num_branches: int, num_layers: int) -> float:
-    r"""Return :math:`L^{-1/(2m-2)}`, by which the weights of a branch are multiplied.
-
-    Args:
-        num_branches: The number L of residual branches in the whole network, at least 1.
-        num_layers: The number m of weight layers in this branch, at least 1.
-
-    Returns:
-        The factor; 1 for m = 1, where the only layer starts at zero.
-
-    Example:
-        >>> [round(branch_factor(16, m), 4) for m in (1, 2, 3)]
-        [1.0, 0.25, 0.5]
-    """
-    return 1.0 if num_layers == 1 else num_branches ** (-1 / (2 * num_layers - 2))
-
-
-def find_branches(
-    model: nn.Module, layers_of: Callable[[nn.Module], Sequence[nn.Module] | None]
-) -> list[Branch]:
-    """Return the residual branches of a model.
-
-    Args:
-        model: Any model.
-        layers_of: Returns the weight layers of the branch in order where the module it is given is
-            a residual block, otherwise None.
-
-    Returns:
-        One `Branch` for each block.
-
-    Example:
-        >>> block = FixupBasicBlock(*(nn.Conv2d(4, 4, 3, bias=False) for _ in range(2)))
-        >>> is_block = lambda m: (m.conv1, m.conv2) if isinstance(m, FixupBasicBlock) else None
-        >>> [branch.name for branch in find_branches(nn.Sequential(block), is_block)]
-        ['0']
-    """
-    found = ((name, layers_of(module)) for name, module in model.named_modules())
-    return [Branch(name, layers) for name, layers in found if layers]
-
-
-def fixup_(
-    branches: Sequence[Branch],
-    *,
-    outside: Iterable[nn.Module] = (),
-    head: nn.Module | None = None,
-    num_branches: int | None = None,
-    generator: torch.Generator | None = None,
-) -> None:
-    """Initialise the weight layers of a residual network in place, by rules 1 and 2.
-
-    Args:
-        branches: The residual branches.
-        outside: Layers outside the branches (stem, projections), which start by He's rule.
-        head: The readout, which starts at zero.
-        num_branches: The number L of branches in the whole network, where ``branches`` are only
-            some of them.
-        generator: For the draws, on the CPU; torch's own by default.
-
-    Raises:
-        ValueError: There is no branch, or one without layers.
-    """
-    empty = [branch.name for branch in branches if not branch.layers]
-    if not branches or empty:
-        raise ValueError(
-            "fixup_(branches): expected at least one branch with a weight layer, got "
-            f"{empty[0] + ' without' if empty else 'none'}; name the weight layers of each "
-            "residual branch"
-        )
-    total = len(branches) if num_branches is None else num_branches
-    for layer in outside:
-        he_normal_(layer, generator=generator)
-    for branch in branches:
-        factor = branch_factor(total, len(branch.layers))
-        for layer in branch.layers[:-1]:
-            he_normal_(layer, factor, generator=generator)
-        _zero_(branch.layers[-1])
-    if head is not None:
-        _zero_(head)
-
-
-def he_normal_(
-    layer: nn.Module, factor: float = 1.0, *, generator: torch.Generator | None = None
-) -> None:
-    r"""Draw a layer's weight with standard deviation :math:`f \sqrt{2 / (C_{out} k_h k_w)}`.
-
-    Args:
-        layer: A convolution or linear layer; its bias, if it has one, becomes zero.
-        factor: The factor f.
-        generator: As in `fixup_`.
-    """
-    assert isinstance(layer.weight, Tensor)
-    shape = layer.weight.shape
-    deviation = factor * math.sqrt(2 / (shape[0] * math.prod(shape[2:])))
-    draws = torch.randn(shape, generator=generator)
-    _zero_(layer)
-    with torch.no_grad():
-        layer.weight.copy_(deviation * draws)
+__all__ = [
+    "CARD",
+    "METHOD",
+    "Branch",
+    "branch_factor",
+    "find_branches",
+    "fixup_",
+    "he_normal_",
+    "parameter_groups",
+    "prepare",
+    "scalars_of",
+]
 
 
 def scalars_of(model: nn.Module) -> list[nn.Parameter]:
@@ -159,8 +67,10 @@ def scalars_of(model: nn.Module) -> list[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, (ScalarBias, ScalarScale)):
             found.append(module.value)
-        elif isinstance(module, FixupClassifier) and module.bias is not None:
-            found.append(module.bias)
+        elif isinstance(module, FixupClassifier) or BEFORE in module._modules:
+            # Of the layers behind a scalar bias only the readout has a bias of its own.
+            bias = module._parameters.get("bias")
+            found += [] if bias is None else [bias]
     return found
 
 
@@ -193,10 +103,14 @@ def parameter_groups(
 
 
 def prepare(model: nn.Module, setting: Setting, *, stem_init: str = "he") -> nn.Module:
-    """Take the normalisers out of a ResNet, put the scalars in and initialise it.
+    """Take the normalisers out of a residual network, put the scalars in and initialise it.
+
+    A ResNet in the manner of torchvision is rebuilt of `FixupBasicBlock` or `FixupBottleneck`. The
+    branches of any other network are looked for (`plan_branches`), and the scalars go into its
+    own modules (`fixup_any_`).
 
     Args:
-        model: A ResNet in the manner of torchvision; changed in place.
+        model: A residual network; changed in place.
         setting: The first batch serves to see what the model computes.
         stem_init: ``"he"``, or ``"default"`` for torch's own.
 
@@ -204,7 +118,7 @@ def prepare(model: nn.Module, setting: Setting, *, stem_init: str = "he") -> nn.
         The model.
 
     Raises:
-        Unsuitable: The model has no residual blocks, or blocks of another kind.
+        Unsuitable: The model has no residual branches, or an addition that cannot be told.
         ValueError: ``stem_init`` has no such value.
     """
     if stem_init not in ("he", "default"):
@@ -212,13 +126,28 @@ def prepare(model: nn.Module, setting: Setting, *, stem_init: str = "he") -> nn.
             f"fixup(stem_init={stem_init!r}): expected 'he' or 'default', got {stem_init!r}; "
             "use 'he'"
         )
-    network = find_residual_network(model, setting.batches[0][0][:2], "fixup")
-    for block in network.blocks:
-        if len(block.convolutions) not in (2, 3):
-            raise Unsuitable(
-                f"fixup(model): expected blocks of two or three convolutions, got {block.name} "
-                f"with {len(block.convolutions)}; use fixup_ with blocks of your own"
-            )
+    refuse_wrapped("fixup", model)
+    example = setting.batches[0][0][:2]
+    network = _known_form(model, example)
+    if network is None:
+        plan = plan_branches(model, example, operation="fixup")
+        return fixup_any_(model, plan, setting, stem_init=stem_init)
+    return _prepare_known(network, setting, stem_init)
+
+
+def _known_form(model: nn.Module, example: Tensor) -> ResidualNetwork | None:
+    """Return the parts of a ResNet whose blocks have a Fixup form of the paper."""
+    try:
+        network = find_residual_network(model, example, "fixup")
+    except Unsuitable:
+        return None
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        # Names that fit by chance: its parts cannot be run the way the names say.
+        return None
+    return network if all(len(b.convolutions) in (2, 3) for b in network.blocks) else None
+
+
+def _prepare_known(network: ResidualNetwork, setting: Setting, stem_init: str) -> nn.Module:
     branches = [Branch(block.name, block.convolutions) for block in network.blocks]
     replacements: dict[nn.Module, nn.Module] = {
         block.module: _fixup_block(network, block) for block in network.blocks
@@ -241,13 +170,13 @@ def prepare(model: nn.Module, setting: Setting, *, stem_init: str = "he") -> nn.
     ]
     outside = [network.stem, *projections] if stem_init == "he" else projections
     if stem_init == "default":
-        drawn = torch.empty(network.stem.weight.shape)
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=setting.generator)
-        with torch.no_grad():
-            network.stem.weight.copy_(drawn)
+        torch_default_(network.stem, generator=setting.generator)
     fixup_(branches, outside=outside, generator=setting.generator)
-    setting.say(f"{len(branches)} residual branches follow Fixup, without normalisers")
-    return swap(model, replacements)
+    setting.say(
+        f"{len(branches)} residual branches follow Fixup in the paper's block form, without "
+        "normalisers"
+    )
+    return swap(network.model, replacements)
 
 
 def _fixup_block(network: ResidualNetwork, block: ResidualBlock) -> nn.Module:
@@ -257,11 +186,6 @@ def _fixup_block(network: ResidualNetwork, block: ResidualBlock) -> nn.Module:
         layer.bias = None
     kind = {2: FixupBasicBlock, 3: FixupBottleneck}[len(block.convolutions)]
     return kind(*block.convolutions, shortcut=shortcut)
-
-
-def _zero_(layer: nn.Module) -> None:
-    for parameter in layer.parameters(recurse=False):
-        nn.init.zeros_(parameter)
 
 
 CARD = Card(
@@ -280,12 +204,15 @@ CARD = Card(
     best_for="Very deep residual networks without normalisers, at any batch size, at the learning "
     "rate that a normalised network would take.",
     limits=(
-        "Needs residual branches: a plain network is refused.",
+        "Needs residual branches: a plain network is refused, and so is one with an addition of "
+        "which the short path cannot be told (name its branches yourself: plan_branches).",
         "On small data it does not reach BatchNorm's accuracy alone; add mixup, cutout or dropout.",
     ),
     departures=(
         "The stem starts by He's rule, not by torch's default (stem_init=default).",
         "The scalars' rate is a tenth of the rate in use, not of the unscaled one (scalar_lr).",
+        "Networks other than the paper's ResNets and Transformer keep their modules; the scalars "
+        "go in where one forward pass shows that they belong.",
     ),
 )
 

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from normlab.growth.grown_widths import remembered_widths
 from normlab.lab.records import write_bytes, writing
 
 WEIGHTS = "weights.safetensors"
@@ -119,7 +120,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
         "weights that it lacks": own.keys() - weights.keys(),
         "weights of another model": weights.keys() - own.keys(),
         "weights of another shape": {
-            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+            name
+            for name in own.keys() & weights.keys()
+            if own[name].shape != weights[name].shape and remembered_widths(model) is None
         },
         "values that are not finite": {
             name for name, value in weights.items() if not torch.isfinite(value).all()

@@ -10,12 +10,16 @@ from normlab.lab.claims import (
     batch_norm,
     batchless_norm,
     bn_init,
+    bn_preconditioning,
     cross_iteration_bn,
     filter_response_norm,
     fixup,
+    fixup_mixup,
+    gradmax,
     ic_layer,
     micro_batches,
     recalibration,
+    target_space,
     weight_norm,
     weight_rescaling,
 )
@@ -35,6 +39,10 @@ CLAIMS: tuple[Claim, ...] = (
     micro_batches.CLAIM,
     recalibration.CLAIM,
     weight_norm.CLAIM,
+    bn_preconditioning.CLAIM,
+    gradmax.CLAIM,
+    fixup_mixup.CLAIM,
+    target_space.CLAIM,
 )
 """Every claim, once."""
 

@@ -1,0 +1,333 @@
+r"""Target space: the sums a layer should have on a fixed batch are trained, and weights follow.
+
+The parameters of a layer are targets :math:`T_l` for its sums on a fixed *realisation batch*
+:math:`\bar X`. Its weights are the ridge solution for them, solved anew at every step, each layer
+from what the layers before it really pass on:
+
+.. math::
+    W_l = (A_l^\top A_l + \lambda I)^{-1} A_l^\top T_l, \quad S_l = A_l W_l, \quad
+    A_{l+1} = [1, \phi_l(S_l)]
+
+The mini-batch goes through an ordinary network with these weights, and the gradient goes back
+through all of it, the solves included. A change of an early layer no longer scrambles the later
+ones: their weights make up for it ("cascade untangling").
+
+Source: M. Fairbank, S. Samothrakis, L. Citi, "Deep Learning in Target Space", 2022, arXiv
+2006.01578, JMLR 23(8):1-46; the authors' public code.
+
+Departs:
+    - Targets are those of the sums in front of the activation, as in the public code; the paper's
+      abstract calls them firing strengths.
+    - The realisation batch goes through the network in evaluation mode and without autocast, so
+      that the weights are deterministic and the same in training and evaluation. The public code
+      drops units there too.
+    - Convolutions may have stride, dilation and groups; the public code has neither.
+    - The ridge is 0.001, as in the public scripts for two spirals and recurrent networks. The
+      public library's default and its convolutional networks have 0.1, which lets next to nothing
+      through a deep convolutional network whose first targets were projected on few small images.
+    - A ridge of zero takes the pseudo-inverse, the limit of small ridges, with a warning.
+    - Weight decay does not act on targets (option ``decay_targets``): the ridge is the decay.
+
+Several processes solve the same weights, each by itself, from the same realisation batch; averaged
+gradients are those of one process on the joined batch, without any further exchange.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+from normlab.method import Card, Group, Method, Setting, Source, Unsuitable, split_groups
+from normlab.surgery.flow import Flow, trace_flow
+from normlab.surgery.snapshot import Snapshot
+from normlab.surgery.swap import BATCH_NORMS, modules_of, swap
+from normlab.weights.target_space_conv import TargetConv2d
+from normlab.weights.target_space_layer import (
+    Mode,
+    TargetLayer,
+    TargetLinear,
+    check_mode,
+    check_ridge,
+)
+from normlab.weights.target_space_model import TargetSpace, check_realisation, dressed
+
+REALISATION_SIZE = 100
+"""How many samples the realisation batch has where no number is asked for and so many are there."""
+
+
+def target_space(
+    model: nn.Module,
+    realisation: Tensor,
+    *,
+    ridge: float = 0.001,
+    relative: bool = False,
+    mode: Mode = "sequential",
+    project: bool = True,
+    float64: bool = False,
+    generator: torch.Generator | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TargetSpace:
+    """Put a model of torch's layers into target space; its weights are lost.
+
+    Every nn.Linear and nn.Conv2d that is called once becomes a target layer. torch's batch
+    normalisation layers become identities, and then every target layer has a bias. Other layers
+    stay, and weights of theirs are trained as they are.
+
+    Args:
+        model: A model, changed in place.
+        realisation: The realisation batch, some samples as the model takes them.
+        ridge: The ridge of every solve, at least 0.
+        relative: Whether ``ridge`` is multiplied by the number of rows, which for a convolution is
+            that of samples times positions.
+        mode: ``"sequential"``: each layer is solved from what the layers before it achieve.
+            ``"optimistic"``: as if they met their targets.
+        project: Whether to make the first targets reachable.
+        float64: Whether to solve in float64.
+        generator: For the first targets.
+        say: Takes sentences about what was done.
+
+    Returns:
+        The model in target space.
+
+    Raises:
+        Unsuitable: The model has no layer for it, or batch normalisation of an unknown class.
+        ValueError: An option out of its range, or an empty realisation batch. The model is not
+            changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = target_space(model, torch.randn(6, 4))
+        >>> [tuple(parameter.shape) for parameter in model.parameters()]
+        [(6, 8), (6, 2)]
+    """
+    check_ridge("target_space", ridge)
+    check_mode("target_space", mode)
+    check_realisation("target_space", realisation)
+    norms = modules_of(model, BATCH_NORMS)
+    known = set(norms.values())
+    others = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    strange = [f"{n} ({type(m).__name__})" for n, m in others.items() if m not in known]
+    if strange:
+        raise Unsuitable(
+            "target_space(model): expected no batch normalisation but torch's BatchNorm layers, "
+            f"got {', '.join(strange)}; take it out first"
+        )
+    chosen, kept = _layers(model, trace_flow(model, realisation))
+    if not chosen:
+        reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())
+        raise Unsuitable(
+            "target_space(model): expected an nn.Linear or nn.Conv2d called once in a forward "
+            f"pass, got none ({reasons or 'there is no such layer'}); build the model from "
+            "TargetLinear, TargetConv2d or TargetRecurrent"
+        )
+    options = {
+        "ridge": ridge,
+        "relative": relative,
+        "mode": mode,
+        "float64": float64,
+        "generator": generator,
+    }
+    replacements: dict[nn.Module, nn.Module] = {norm: nn.Identity() for norm in norms.values()}
+    for layer, shape in chosen.items():
+        bias = layer.bias is not None or bool(norms)
+        replacements[layer] = dressed(_target_layer(layer, shape, bias, options), layer)
+    snapshot = Snapshot(model)
+    try:
+        found = TargetSpace(swap(model, replacements), realisation, project=project)
+    except BaseException:
+        snapshot.restore()
+        raise
+    if say is not None:
+        say(f"{len(chosen)} layers are in target space, over {len(realisation)} samples")
+        if norms:
+            say(f"{len(norms)} BatchNorm layers were taken out; each layer's bias does their work")
+        if kept:
+            say(f"weights stay: {'; '.join(f'{name} {why}' for name, why in kept.items())}")
+    return found
+
+
+def _layers(
+    model: nn.Module, flow: Flow
+) -> tuple[dict[nn.Linear | nn.Conv2d, torch.Size], dict[str, str]]:
+    """Return the layers to convert with the shape of their input, and why others stay."""
+    chosen, kept = {}, {}
+    modules = set(model.modules())
+    holders = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            kept[name] = "makes its weight from others"
+        weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+        if not weights or isinstance(module, ParametrizationList):
+            continue
+        calls = flow.of(module)
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or type(module) not in (
+            nn.Linear,
+            nn.Conv2d,
+        ):
+            kept[name] = f"is of another kind ({type(module).__name__})"
+        elif set(module._parameters) != {"weight", "bias"} or any(
+            holders[id(weight)] > 1 for weight in weights
+        ):
+            kept[name] = "shares its weight, or makes it from others"
+        elif len(calls) != 1 or calls[0].input_shape is None:
+            kept[name] = f"is called {len(calls)} times"
+        elif not all(weight.requires_grad for weight in weights):
+            kept[name] = "is frozen"
+        else:
+            chosen[module] = calls[0].input_shape
+    return chosen, kept
+
+
+def _target_layer(
+    layer: nn.Linear | nn.Conv2d, shape: torch.Size, bias: bool, options: dict[str, Any]
+) -> TargetLayer:
+    if isinstance(layer, nn.Linear):
+        return TargetLinear(layer.in_features, layer.out_features, shape[:-1], bias, **options)
+    return TargetConv2d.like(layer, shape, bias, **options)
+
+
+def prepare(
+    model: nn.Module,
+    setting: Setting,
+    *,
+    realisation_size: int | None = None,
+    ridge: float = 0.001,
+    relative: bool = False,
+    mode: Mode = "sequential",
+    project: bool = True,
+    float64: bool = False,
+) -> nn.Module:
+    """Put a model into target space over some of the example batches' samples.
+
+    The realisation batch is fixed; the batches of training may have any size.
+
+    Args:
+        model: A model; see `target_space`.
+        setting: Its example batches give the realisation batch.
+        realisation_size: How many samples it has, at least 1; None for up to 100.
+        ridge: As for `target_space`, like all that follow.
+        relative: Whether the ridge is multiplied by the rows.
+        mode: ``"sequential"`` or ``"optimistic"``.
+        project: Whether to make the first targets reachable.
+        float64: Whether to solve in float64.
+
+    Returns:
+        A `TargetSpace` around the model.
+
+    Raises:
+        Unsuitable: As for `target_space`.
+        ValueError: The example batches hold fewer samples than asked for, or as for
+            `target_space`.
+    """
+    samples = torch.cat([inputs for inputs, _ in setting.batches])
+    wanted = min(REALISATION_SIZE, len(samples)) if realisation_size is None else realisation_size
+    if not 1 <= wanted <= len(samples):
+        raise ValueError(
+            f"target-space(realisation_size={wanted}): expected 1 to {len(samples)}, which is all "
+            f"that the example batches hold, got {wanted}; ask for fewer, or train with larger "
+            "batches"
+        )
+    return target_space(
+        model,
+        samples[:wanted],
+        ridge=ridge,
+        relative=relative,
+        mode=mode,
+        project=project,
+        float64=float64,
+        generator=setting.generator,
+        say=setting.say,
+    )
+
+
+def parameter_groups(
+    groups: list[Group],
+    model: nn.Module,
+    setting: Setting,
+    *,
+    lr_factor: float = 1.0,
+    decay_targets: bool = False,
+) -> list[Group]:
+    """Give the targets groups of their own, without weight decay.
+
+    Args:
+        groups: Parameter groups; one without ``lr`` has the setting's.
+        model: A prepared model.
+        setting: The training's.
+        lr_factor: The targets' rate as a multiple of that of their group, above 0.
+        decay_targets: Whether weight decay pulls targets to zero.
+
+    Returns:
+        The groups, with the targets split off.
+
+    Raises:
+        ValueError: ``lr_factor`` is not above 0.
+    """
+    if not lr_factor > 0:
+        raise ValueError(
+            f"target-space(lr_factor={lr_factor}): expected a number above 0, got {lr_factor}; "
+            "use 1"
+        )
+    targets = [module.targets for module in model.modules() if isinstance(module, TargetLayer)]
+    changes = {} if decay_targets else {"weight_decay": 0.0}
+    rated = [{"lr": setting.lr, **group} for group in groups]
+    return split_groups(rated, targets, lr=lambda lr: lr_factor * lr, **changes)
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> None:
+    """Refuse an optimiser that does not hold the targets.
+
+    Raises:
+        ValueError: The optimiser was built before the model was put into target space.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    targets = [module.targets for module in model.modules() if isinstance(module, TargetLayer)]
+    if any(target.requires_grad and id(target) not in held for target in targets):
+        raise ValueError(
+            "target-space(optimizer): expected an optimiser of the model's present parameters, "
+            "got one built before target-space changed them; build it after"
+        )
+
+
+CARD = Card(
+    name="target-space",
+    title="Deep learning in target space",
+    summary="Trains what each layer's sums should be on a fixed batch, and solves the weights "
+    "from that.",
+    room="weights",
+    source=Source(
+        authors="M. Fairbank, S. Samothrakis, L. Citi",
+        title="Deep Learning in Target Space",
+        year=2022,
+        arxiv="2006.01578",
+        venue="JMLR 23(8):1-46",
+    ),
+    state=("the realisation batch, and every layer's targets in place of its weights",),
+    best_for="Deep narrow networks, saturating activations and long recurrences, where training "
+    "weights is hard.",
+    limits=(
+        "Every step passes the realisation batch through the network and solves a system per "
+        "layer; wide layers and many positions cost most.",
+        "Rates are not those of weights: the paper's script takes SGD at 10 where weights take "
+        "0.1 (lr_factor=100), and Adam at 0.01.",
+        "A prepared model's parameters are targets; to_weight_space gives an ordinary network.",
+        "BatchNorm is taken out; transposed and 1-d convolutions and recurrent layers of torch "
+        "keep their weights, TargetRecurrent has to be put in by hand.",
+        "A realisation batch of n samples leaves dense layers weights of rank n at most.",
+    ),
+    departures=(
+        "The realisation batch passes without dropout, so that weights are deterministic.",
+        "Convolutions may have stride, dilation and groups.",
+        "The ridge is 0.001; the public library's default, also for images, is 0.1.",
+        "A ridge of zero takes the pseudo-inverse.",
+        "Weight decay leaves the targets alone (decay_targets).",
+    ),
+)
+
+METHOD = Method(card=CARD, prepare=prepare, parameter_groups=parameter_groups, attach=attach)
