@@ -19,6 +19,8 @@ from normlab.inits.fixup_blocks import ScalarScale as ScalarScale
 from normlab.inits.fixup_transformer import FixupDecoder as FixupDecoder
 from normlab.inits.fixup_transformer import FixupEncoder as FixupEncoder
 from normlab.inits.fixup_transformer import fixup_transformer_ as fixup_transformer_
+from normlab.inits.gradinit import gradinit as gradinit
+from normlab.inits.gradinit_learner import GradInit as GradInit
 from normlab.method import Card as Card
 from normlab.method import Method as Method
 from normlab.method import Setting as Setting

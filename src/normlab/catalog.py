@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from normlab.growth import gradmax, random_growth
-from normlab.inits import bn_init, fixup
+from normlab.inits import bn_init, fixup, gradinit
 from normlab.method import Method, compose
 from normlab.norms import (
     batch_kalman_norm,
@@ -62,6 +62,7 @@ METHODS: tuple[Method, ...] = (
     random_growth.METHOD,
     mixup.METHOD,
     target_space.METHOD,
+    gradinit.METHOD,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 

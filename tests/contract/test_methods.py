@@ -40,6 +40,7 @@ LABELS = [
     "random-growth:start=0.1,keep_norms=true",
     "fixup+mixup",
     "target-space:mode=optimistic",
+    "none+gradinit:num_steps=6",
 ]
 
 

@@ -15,6 +15,7 @@ from normlab.lab.claims import (
     filter_response_norm,
     fixup,
     fixup_mixup,
+    gradinit,
     gradmax,
     ic_layer,
     micro_batches,
@@ -43,6 +44,7 @@ CLAIMS: tuple[Claim, ...] = (
     gradmax.CLAIM,
     fixup_mixup.CLAIM,
     target_space.CLAIM,
+    gradinit.CLAIM,
 )
 """Every claim, once."""
 
