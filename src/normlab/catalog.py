@@ -29,7 +29,7 @@ from normlab.optim import (
     linear_scaling,
     weight_rescaling,
 )
-from normlab.regularizers import dropout, mixup
+from normlab.regularizers import dropout, mixup, stochastic_depth
 from normlab.weights import spectral_norm, target_space, weight_norm, weight_standardization
 
 METHODS: tuple[Method, ...] = (
@@ -63,6 +63,7 @@ METHODS: tuple[Method, ...] = (
     mixup.METHOD,
     target_space.METHOD,
     gradinit.METHOD,
+    stochastic_depth.METHOD,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 

@@ -230,3 +230,22 @@ def test_fresh_batches_are_the_same_for_the_same_index(tmp_path):
     assert not torch.equal(setting.fresh_batch(0)[0], setting.fresh_batch(far)[0])
     alone = Setting(batches=setting.batches)
     assert alone.fresh_batch(len(setting.batches))[0] is setting.batches[0][0]
+
+
+def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path):
+    model = {"name": "resnet", "depth": 32, "width": 4}
+    study = small_study(model=model, methods=["batch-norm", "fixup"], seeds=[0])
+    training = study.training.model_copy(update={"checkpoint_activations": True, "epochs": 1})
+    plain = study.training.model_copy(update={"epochs": 1})
+    for name, chosen in (("plain", plain), ("checkpointed", training)):
+        compare(study.model_copy(update={"training": chosen}), tmp_path / name, QUIET)
+    for method in study.methods:
+        results = [
+            records.read_result(records.trial_folder(tmp_path / name, method, 0))
+            for name in ("plain", "checkpointed")
+        ]
+        one, other = results
+        assert one is not None
+        assert other is not None
+        assert other["final_loss"] == one["final_loss"]
+        assert other["peak_memory_bytes"] < 0.7 * one["peak_memory_bytes"]

@@ -56,6 +56,10 @@ def compare(
     ] = None,
     tune_trials: Annotated[int, typer.Option(help="Trials of the search for each method.")] = 8,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option("--checkpoint-activations", help="Recompute activations to save memory."),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Run folder; the same command goes on.")] = None,
 ) -> None:
@@ -75,6 +79,7 @@ def compare(
                 lr=lr,
                 weight_decay=weight_decay,
                 precision=precision,
+                checkpoint_activations=checkpoint_activations or None,
                 device=device,
             )
             small_model = {"depth": 8, "width": 8} if (task, model) == ("digits", "resnet") else {}

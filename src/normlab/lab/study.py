@@ -72,6 +72,8 @@ class Training(_Typed):
         warmup_steps: Steps of linear rise in front of it.
         evaluate_every: Steps between evaluations; 0 means once an epoch.
         precision: ``bf16`` runs forward passes under autocast.
+        checkpoint_activations: Whether runs of layers recompute their activations in the backward
+            pass: memory grows as the square root of the depth, for one more forward pass.
         device: ``auto`` takes an accelerator if there is one.
     """
 
@@ -87,6 +89,7 @@ class Training(_Typed):
     warmup_steps: int = Field(default=0, ge=0)
     evaluate_every: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_activations: bool = False
     device: str = "auto"
 
 

@@ -21,6 +21,7 @@ from normlab.lab.processes import Processes
 from normlab.lab.study import Study, Training
 from normlab.lab.tasks.task import Task
 from normlab.method import Method, Setting
+from normlab.surgery.checkpoint_activations import checkpoint_activations
 
 EXAMPLE_BATCHES, EXAMPLE_SAMPLES = 4, 128
 """How many batches a method may look at before training, or more, up to so many samples."""
@@ -217,6 +218,9 @@ def prepare(
         group["initial_lr"] = group["lr"]
     optimizer = method.optimizer(groups, lambda groups: _make_optimizer(groups, training))
     method.attach(model, optimizer, setting)
+    if training.checkpoint_activations:
+        # Last, because methods look for plain sequences of layers.
+        checkpoint_activations(model, example=setting.batches[0][0][:2])
     return model, optimizer
 
 

@@ -20,6 +20,7 @@ from normlab.lab.claims import (
     ic_layer,
     micro_batches,
     recalibration,
+    stochastic_depth,
     target_space,
     weight_norm,
     weight_rescaling,
@@ -45,6 +46,7 @@ CLAIMS: tuple[Claim, ...] = (
     fixup_mixup.CLAIM,
     target_space.CLAIM,
     gradinit.CLAIM,
+    stochastic_depth.CLAIM,
 )
 """Every claim, once."""
 
