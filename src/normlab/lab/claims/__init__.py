@@ -20,6 +20,7 @@ from normlab.lab.claims import (
     ic_layer,
     micro_batches,
     recalibration,
+    spectral_norm,
     stochastic_depth,
     target_space,
     weight_norm,
@@ -47,6 +48,7 @@ CLAIMS: tuple[Claim, ...] = (
     target_space.CLAIM,
     gradinit.CLAIM,
     stochastic_depth.CLAIM,
+    spectral_norm.CLAIM,
 )
 """Every claim, once."""
 
