@@ -1,3 +1,5 @@
+from normlab.activations.bias_shift import bias_shift as bias_shift
+from normlab.activations.bias_shift import unit_natural_gradient as unit_natural_gradient
 from normlab.catalog import METHODS as METHODS
 from normlab.catalog import find_method as find_method
 from normlab.conversion import convert as convert
@@ -64,15 +66,22 @@ from normlab.norms.none import ChannelBias as ChannelBias
 from normlab.optim.accumulate import accumulate as accumulate
 from normlab.optim.adaptive_clipping import AdaptiveClipping as AdaptiveClipping
 from normlab.optim.adaptive_clipping import clip_adaptively_ as clip_adaptively_
+from normlab.optim.asam import ASAM as ASAM
 from normlab.optim.batch_growth import BatchGrowth as BatchGrowth
 from normlab.optim.bn_preconditioning import BatchNormPreconditioner as BatchNormPreconditioner
 from normlab.optim.bnp_langevin import (
     BatchNormPreconditionedLangevin as BatchNormPreconditionedLangevin,
 )
 from normlab.optim.gradient_noise_scale import GradientNoiseScale as GradientNoiseScale
+from normlab.optim.lamb import LAMB as LAMB
+from normlab.optim.lars import LARS as LARS
+from normlab.optim.layer_adaptation import exclude_from_adaptation as exclude_from_adaptation
 from normlab.optim.linear_scaling import WarmUp as WarmUp
 from normlab.optim.linear_scaling import scaled_lr as scaled_lr
 from normlab.optim.linear_scaling import warm_up as warm_up
+from normlab.optim.lookahead import Lookahead as Lookahead
+from normlab.optim.rmsprop_inside_root import RMSPropInsideRoot as RMSPropInsideRoot
+from normlab.optim.sam import SAM as SAM
 from normlab.optim.weight_rescaling import WeightRescaler as WeightRescaler
 from normlab.optim.weight_rescaling import equivalent_lr as equivalent_lr
 from normlab.optim.weight_rescaling import rescale_ as rescale_
@@ -82,6 +91,7 @@ from normlab.regularizers.block_gates import survival_probs as survival_probs
 from normlab.regularizers.dropout import GaussianDropout as GaussianDropout
 from normlab.regularizers.dropout import monte_carlo as monte_carlo
 from normlab.regularizers.dropout import project_max_norm_ as project_max_norm_
+from normlab.regularizers.label_smoothing import smooth_labels as smooth_labels
 from normlab.regularizers.mixup import mixup as mixup
 from normlab.regularizers.stochastic_depth import StochasticBlock as StochasticBlock
 from normlab.regularizers.stochastic_depth import StochasticBranch as StochasticBranch

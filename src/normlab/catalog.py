@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from normlab.activations import elementwise
 from normlab.growth import gradmax, random_growth
 from normlab.inits import bn_init, fixup, gradinit
 from normlab.method import Method, compose
@@ -24,12 +25,18 @@ from normlab.norms import (
 )
 from normlab.optim import (
     adaptive_clipping,
+    asam,
     batch_growth,
     bn_preconditioning,
+    lamb,
+    lars,
     linear_scaling,
+    lookahead,
+    rmsprop_inside_root,
+    sam,
     weight_rescaling,
 )
-from normlab.regularizers import dropout, mixup, stochastic_depth
+from normlab.regularizers import dropout, label_smoothing, mixup, stochastic_depth
 from normlab.weights import spectral_norm, target_space, weight_norm, weight_standardization
 
 METHODS: tuple[Method, ...] = (
@@ -64,6 +71,14 @@ METHODS: tuple[Method, ...] = (
     target_space.METHOD,
     gradinit.METHOD,
     stochastic_depth.METHOD,
+    label_smoothing.METHOD,
+    rmsprop_inside_root.METHOD,
+    lars.METHOD,
+    lamb.METHOD,
+    lookahead.METHOD,
+    sam.METHOD,
+    asam.METHOD,
+    *elementwise.METHODS,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 

@@ -44,6 +44,8 @@ LABELS = [
     "target-space:mode=optimistic",
     "none+gradinit:num_steps=6",
     "stochastic-depth:mode=mask",
+    "none+elu",
+    "label-smoothing+mixup",
 ]
 
 

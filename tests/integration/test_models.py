@@ -234,7 +234,7 @@ def test_networks_learn(name, options):
     ("name", "options", "message"),
     [
         ("resnett", {}, "did you mean 'resnet'"),
-        ("zzz", {}, "expected mlp, plain-conv, resnet or path/to/file.py:function"),
+        ("zzz", {}, "expected mlp, plain-conv, resnet, .* or path/to/file.py:function"),
         ("resnet", {"dept": 20}, "expected depth, width, block, shortcut, .* mean 'depth'"),
         ("resnet", {"depth": 21}, r"6n \+ 2 .*got 21; .* 20 and 26"),
         ("resnet", {"depth": 4}, "got 4; the nearest possible depths: 8$"),
@@ -278,6 +278,9 @@ def test_titles():
         "MLP-4",
         "plain ConvNet-8",
         "ResNet-20",
+        "Inception-v3",
+        "ELU-Net-11",
+        "ELU-Net-18",
     ]
 
 

@@ -71,7 +71,7 @@ class MethodCase:
             if penalty is not None:
                 loss = loss + penalty
             loss.backward()
-            return loss
+            return loss.detach()
 
         if self.method.card.needs_closure:
             return float(optimizer.step(compute))  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -12,12 +12,14 @@ from normlab.lab.claims import (
     bn_init,
     bn_preconditioning,
     cross_iteration_bn,
+    elu,
     filter_response_norm,
     fixup,
     fixup_mixup,
     gradinit,
     gradmax,
     ic_layer,
+    inception,
     micro_batches,
     recalibration,
     spectral_norm,
@@ -49,6 +51,8 @@ CLAIMS: tuple[Claim, ...] = (
     gradinit.CLAIM,
     stochastic_depth.CLAIM,
     spectral_norm.CLAIM,
+    elu.CLAIM,
+    inception.CLAIM,
 )
 """Every claim, once."""
 

@@ -1,7 +1,8 @@
 """Networks to compare methods on: one network a file, or a function in a file of the user's own.
 
-Every network has its norms before the activations, no bias in front of a norm, and each activation
-as a module of its own, so that methods find what they replace.
+Every network but the ELU networks, which go without, has its norms before the activations, no bias
+in front of a norm, and each activation as a module of its own, so that methods find what they
+replace.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from normlab.lab.models import mlp, plain_conv, resnet
+from normlab.lab.models import elu_net, inception, mlp, plain_conv, resnet
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,24 @@ MODELS = (
         "residual network for small images: 20, 32, 44, 56, 110 layers or more",
         "ResNet-{depth}",
         resnet.build,
+    ),
+    ModelEntry(
+        "inception-v3",
+        "Inception-v3 by its layer table, narrow on demand; small images are magnified",
+        "Inception-v3",
+        inception.build,
+    ),
+    ModelEntry(
+        "elu-net-11",
+        "the 11-layer network of the ELU paper, for images up to 32 pixels",
+        "ELU-Net-11",
+        elu_net.build_11,
+    ),
+    ModelEntry(
+        "elu-net-18",
+        "the 18-layer network of the ELU paper, for images up to 32 pixels",
+        "ELU-Net-18",
+        elu_net.build_18,
     ),
 )
 
@@ -115,7 +134,9 @@ def model_title(name: str, options: dict[str, Any] | None = None) -> str:
             option: parameter.default
             for option, parameter in inspect.signature(entry.build).parameters.items()
         }
-        title = entry.title.format(depth=options.pop("depth", defaults["depth"]))
+        title = entry.title
+        if "{depth}" in title:
+            title = title.format(depth=options.pop("depth", defaults["depth"]))
         options = {o: value for o, value in options.items() if value != defaults.get(o)}
     return ", ".join([title, *(f"{option} {value}" for option, value in options.items())])
 
