@@ -124,14 +124,19 @@ def with_weights_of(other, **options):
 
 
 def test_evaluation_equals_torchvision():
-    theirs = torchvisions(aux_logits=False, transform_input=True)
+    theirs = torchvisions(aux_logits=False)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # so that one batch gives statistics of the size that data have
     with torch.no_grad():
-        theirs.train()(image(75, 3, channels=3))  # so that the statistics are not those of no data
-        ours = with_weights_of(theirs, transform_input=True).eval()
+        theirs.train()(image(75, 4, channels=3))
+        ours = with_weights_of(theirs).eval()
         theirs.eval()
         for side in (75, 112):
             x = image(side, 3, channels=3)
-            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+            expected = theirs(x)
+            assert expected.std(0).min() > 0.01
+            torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_training_equals_torchvision_with_both_heads():
@@ -145,6 +150,20 @@ def test_training_equals_torchvision_with_both_heads():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for name, buffer in theirs.named_buffers():
         torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-5, atol=1e-5)
+
+
+def test_images_normalised_for_imagenet_are_turned_into_what_the_weights_need():
+    torch.manual_seed(0)
+    plain = InceptionV3(5, width_percent=1, bn_momentum=1.0).double().train()
+    plain(image(samples=4, channels=3).double())
+    turning = InceptionV3(5, width_percent=1, transform_input=True).double().eval()
+    turning.load_state_dict(plain.eval().state_dict())
+    pixels = torch.rand(2, 3, 75, 75, dtype=torch.float64)
+    mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(3, 1, 1)
+    actual, expected = turning((pixels - mean) / std), plain((pixels - 0.5) / 0.5)
+    assert (plain(pixels) - expected).abs().max() > 1e-4
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_auxiliary_head_is_there_in_training_alone():
@@ -163,12 +182,20 @@ def test_the_auxiliary_head_is_there_in_training_alone():
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.3)}
 
 
+def test_dropout_stands_in_front_of_the_readout():
+    model = narrow(dropout=1.0)
+    assert torch.equal(model(image()), model.fc.bias.expand(2, 5))
+    assert not torch.equal(model.eval()(image()), model.fc.bias.expand(2, 5))
+
+
 def test_evaluation_does_not_depend_on_the_batch():
-    model = narrow()
-    model(image(samples=4))
+    model = narrow(bn_momentum=1.0).double()
+    model(image(samples=4).double())
     model.eval()
-    x = image(samples=3)
-    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-5, atol=1e-6)
+    x = image(samples=3).double()
+    outputs = model(x)
+    assert outputs.std(0).min() > 0.01
+    torch.testing.assert_close(outputs[1:2], model(x[1:2]), rtol=1e-9, atol=1e-9)
 
 
 def test_one_sample_trains_unless_a_map_is_one_pixel():
