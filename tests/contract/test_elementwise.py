@@ -156,7 +156,7 @@ def test_a_transformer_layer_does_not_fall_back_in_evaluation():
         (LEAKY_RELU, {"negative_slope": -0.1}),
         (GELU, {"approximate": "erf"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "label", str(value)),
 )
 def test_wrong_options_are_refused(method, options):
     with pytest.raises(ValueError, match=r"\): expected .*, got .*; use "):

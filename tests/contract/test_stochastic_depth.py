@@ -503,6 +503,18 @@ def test_the_masked_form_compiles_once_for_all_gates():
     assert count == 1
 
 
+def test_gates_that_count_forwards_are_drawn_outside_the_compiler():
+    torch._dynamo.reset()
+    model, _ = prepared(resnet(8), mode="mask")
+    compiled = torch.compile(model, backend="eager")
+    x, seen = images(), set()
+    for step in range(4):
+        compiled(x)
+        seen.add(gates_of(model).open)
+        assert gates_of(model).open == draw_gates(gates_of(model).probs, gates_of(model).seed, step)
+    assert len(seen) > 1
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,8 @@ import normlab
 SOURCE = Path(normlab.__file__).parent
 
 
-def run(code: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+def run(code: str, **variables: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent), **variables}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
@@ -56,12 +56,15 @@ def test_using_the_library_loads_torch_only():
 
 
 @pytest.mark.alone
-def test_import_costs_little_over_torch():
+def test_import_costs_little_over_torch(tmp_path):
+    # Compiled once, as wherever it is installed; and a pass of the garbage collector over torch's
+    # many objects, due at one import or the next, is torch's cost.
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     code = (
-        "import time; import torch; start = time.perf_counter(); import normlab; normlab.METHODS;"
-        "print(time.perf_counter() - start)"
+        "import gc, time; import torch; gc.collect(); start = time.perf_counter();"
+        "import normlab; normlab.METHODS; print(time.perf_counter() - start)"
     )
-    assert min(float(run(code)) for _ in range(5)) < 0.1
+    assert min(float(run(code, **compiled)) for _ in range(5)) < 0.1
 
 
 @pytest.mark.alone

@@ -182,7 +182,10 @@ class BlockGates:
 
     def _before_forward(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if model.training and not self._attached:
-            _draw_uncompiled(self, _device(model))  # pyright: ignore[reportCallIssue]
+            # Python's random numbers are beyond the compiler. Asked for here and not by a decorator:
+            # whoever compiles has loaded the compiler, everyone else need not wait for it.
+            draw = torch.compiler.disable(self.draw) if torch.compiler.is_compiling() else self.draw
+            draw(_device(model))
             self.step += 1
 
     def attach(
@@ -298,12 +301,6 @@ class BlockGates:
         if self.open is None:
             raise _not_drawn()
         return self.open[index]
-
-
-@torch.compiler.disable
-def _draw_uncompiled(gates: BlockGates, device: torch.device | None) -> None:
-    # Python's random numbers are beyond the compiler.
-    gates.draw(device)
 
 
 def _not_drawn() -> ValueError:
