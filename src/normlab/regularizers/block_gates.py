@@ -182,9 +182,11 @@ class BlockGates:
 
     def _before_forward(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if model.training and not self._attached:
-            # Python's random numbers are beyond the compiler. Asked for here and not by a decorator:
-            # whoever compiles has loaded the compiler, everyone else need not wait for it.
-            draw = torch.compiler.disable(self.draw) if torch.compiler.is_compiling() else self.draw
+            draw: Any = self.draw
+            if torch.compiler.is_compiling():
+                # Python's random numbers are beyond the compiler. A decorator would load the
+                # compiler for everyone.
+                draw = torch.compiler.disable(draw)
             draw(_device(model))
             self.step += 1
 

@@ -111,8 +111,7 @@ CLAIM = Claim(
             "The learning rate is searched for each network: five rates on three seeds each.",
         ),
         "paper": (
-            "A plain network of 20 layers on CIFAR-10: the workbench has neither Inception nor "
-            "ImageNet.",
+            "A plain network of 20 layers on CIFAR-10, not Inception on ImageNet.",
             "The learning rate is searched for each network, with eight trials each.",
         ),
     },

@@ -73,15 +73,19 @@ def measure(runs: Mapping[str, RunRecord]) -> list[Finding]:
 
 
 # With an epsilon of 1 and a mean square that starts at 1, RMSProp's steps are 0.7 times those of
-# gradient descent at the same rate, so one range serves all.
-_TUNE = Tune(trials=3, low=1e-2, high=3e-1, hold_out=0.2)
+# gradient descent at the same rate, so one range serves all. Gradient descent alone, on another
+# seed, learnt at 0.005 to 0.05 and not at 0.2.
+_TUNE = Tune(trials=3, low=5e-3, high=1e-1, hold_out=0.2)
 
 SMALL = Study(
     name="RMSProp and label smoothing on a narrow Inception-v3",
     task=TaskChoice.model_validate(
         {"name": "fashion-mnist", "train_size": 1760, "test_size": 1000}
     ),
-    model=ModelChoice.model_validate({"name": "inception-v3", "width_percent": 12}),
+    # TensorFlow's release drops 20 %; half of so few channels is much for so short a training.
+    model=ModelChoice.model_validate(
+        {"name": "inception-v3", "width_percent": 12, "dropout_percent": 20}
+    ),
     methods=METHODS,
     reference=SGD,
     seeds=[0, 1, 2, 3, 4, 5],
@@ -93,7 +97,7 @@ SMALL = Study(
 PAPER = Study(
     name="RMSProp and label smoothing on Inception-v3",
     task=TaskChoice(name="cifar10"),
-    model=ModelChoice.model_validate({"name": "inception-v3"}),
+    model=ModelChoice.model_validate({"name": "inception-v3", "dropout_percent": 20}),
     methods=METHODS,
     reference=SGD,
     seeds=[0, 1, 2],
@@ -106,6 +110,7 @@ _DEPARTS = (
     "cosine.",
     "No gradient is clipped, one process trains, and the weights at the end are evaluated, not "
     "their average over the steps.",
+    "Dropout is that of TensorFlow's release; the paper does not say.",
     "There is no auxiliary head, which needs images of 299 pixels.",
 )
 
@@ -115,13 +120,16 @@ CLAIM = Claim(
     statement="RMSProp improves on gradient descent with momentum, and label smoothing improves on "
     "that.",
     budget={
-        "small": "18 trials of 110 steps and 9 searches of 88: about 5 minutes on one core",
+        "small": "18 trials of 110 steps and 9 searches of 88: about 6 minutes on one core",
         "paper": "18 trainings of Inception-v3 over 100 epochs of CIFAR-10: about a day on one GPU",
     },
     departs={
         "small": (
             "Inception-v3 at 12 % of its width, on 1,760 images of Fashion-MNIST enlarged to 75 "
             "pixels, twice over in batches of 32.",
+            "The rates searched and the dropout were set anew after a first run, whose line stays "
+            "in the ledger: at the old rates gradient descent hardly learnt. Bounds and seeds are "
+            "those of the first run.",
             *_DEPARTS,
         ),
         "paper": ("CIFAR-10 enlarged to 75 pixels, not ImageNet at 299.", *_DEPARTS),

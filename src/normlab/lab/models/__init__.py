@@ -56,7 +56,7 @@ MODELS = (
     ),
     ModelEntry(
         "inception-v3",
-        "Inception-v3 by its layer table, narrow on demand; small images are magnified",
+        "Inception-v3 by its layer table, narrow on demand; small images are enlarged",
         "Inception-v3",
         inception.build,
     ),
