@@ -104,6 +104,18 @@ def test_gradient_takes_the_vectors_as_constants():
         assert abs((original.grad * original).sum().item()) < 1e-12
 
 
+@pytest.mark.parametrize("output_axis", [0, 1])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_gradients_of_any_order_and_of_every_kind_agree(sides, output_axis):
+    weight = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    part = SpectralNorm(weight, 1.3, sides=sides, output_axis=output_axis).eval()
+    assert torch.autograd.gradcheck(part, weight)
+    assert torch.autograd.gradgradcheck(part, weight)
+    (found,) = torch.autograd.grad(part(weight).pow(3).sum(), weight)
+    by_function = torch.func.grad(lambda w: part(w).pow(3).sum())(weight.detach())
+    torch.testing.assert_close(by_function, found, rtol=1e-10, atol=1e-12)
+
+
 def test_scale_of_the_weight_is_lost():
     layer = nn.Conv2d(3, 4, 3).double()
     other = copy.deepcopy(layer)

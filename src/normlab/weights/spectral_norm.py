@@ -26,16 +26,16 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
-from normlab.moments import wide
+from normlab.moments import runs_eagerly, wide
 
 Sides = Literal[1, 2]
 
@@ -109,25 +109,26 @@ class SpectralNorm(nn.Module):
         """Return the normalised weight."""
         # Autocast would take the small products in half precision.
         with torch.autocast(weight.device.type, enabled=False):
-            matrix = _three_axes(wide(weight))
-            sigma = sum(self._singular_value(matrix, side) for side in range(len(self.row_axes)))
-            assert isinstance(sigma, Tensor)
-            factor = self.scale / (sigma / len(self.row_axes)).clamp(min=self.eps)
-        return weight * factor.to(weight.dtype)
-
-    def _singular_value(self, matrix: Tensor, side: int) -> Tensor:
-        if self.training and not self.frozen:
-            with torch.no_grad():
-                self._iterate(matrix, side, self.n_power_iterations)
-        # Clones, because the next forward moves the vectors while this graph may still be alive.
-        left, right = (getattr(self, f"{name}{side}").clone() for name in ("left", "right"))
-        return torch.dot(left, _times(matrix, right, self.row_axes[side]))
+            if self.training and not self.frozen:
+                with torch.no_grad():
+                    matrix = _three_axes(wide(weight))
+                    for side in range(len(self.row_axes)):
+                        self._iterate(matrix, side, self.n_power_iterations)
+            # Clones, because the next forward moves the vectors while this graph may be alive.
+            vectors = [
+                getattr(self, f"{name}{side}").clone()
+                for side in range(len(self.row_axes))
+                for name in ("left", "right")
+            ]
+            normalize = _Normalize.apply if runs_eagerly(weight) else _plain
+            return normalize(weight, self.scale, self.eps, self.row_axes, *vectors)
 
     def _iterate(self, matrix: Tensor, side: int, steps: int) -> None:
         left, right = getattr(self, f"left{side}"), getattr(self, f"right{side}")
+        rows = _rows(matrix, self.row_axes[side])
         for _ in range(steps):
-            _set_direction(right, _transposed_times(matrix, left, self.row_axes[side]), self.eps)
-            _set_direction(left, _times(matrix, right, self.row_axes[side]), self.eps)
+            _set_direction(right, torch.mv(rows.t(), left), self.eps)
+            _set_direction(left, torch.mv(rows, right), self.eps)
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print``."""
@@ -139,18 +140,67 @@ def _three_axes(weight: Tensor) -> Tensor:
     return weight.reshape(*weight.shape[:2], -1)
 
 
-def _times(weight: Tensor, right: Tensor, axis: int) -> Tensor:
-    """Return M v, with the rows of M along ``axis`` of ``(A, B, K)``, without copying M."""
-    if axis == 0:
-        return torch.mv(weight.flatten(1), right)
-    return torch.bmm(weight, right.view(len(weight), -1, 1)).squeeze(2).sum(0)
+def _rows(weight: Tensor, axis: int) -> Tensor:
+    """Return the matrix M whose rows lie along ``axis`` of ``(A, B, K)``."""
+    return (weight if axis == 0 else weight.transpose(0, 1)).flatten(1)
 
 
-def _transposed_times(weight: Tensor, left: Tensor, axis: int) -> Tensor:
-    """Return the transpose of M times u."""
-    if axis == 0:
-        return torch.mv(weight.flatten(1).t(), left)
-    return torch.matmul(left, weight).flatten()
+def _plain(
+    weight: Tensor, scale: float, eps: float, row_axes: tuple[int, ...], *vectors: Tensor
+) -> Tensor:
+    matrix = _three_axes(wide(weight))
+    sigma = _mean_value(matrix, row_axes, vectors)
+    return (matrix * (scale / sigma.clamp(min=eps))).view_as(weight).to(weight.dtype)
+
+
+def _mean_value(matrix: Tensor, row_axes: tuple[int, ...], vectors: Sequence[Tensor]) -> Tensor:
+    values = [
+        torch.dot(left, torch.mv(_rows(matrix, axis), right))
+        for axis, left, right in zip(row_axes, vectors[::2], vectors[1::2], strict=True)
+    ]
+    return torch.stack(values).mean()
+
+
+class _Normalize(torch.autograd.Function):
+    """`_plain` as one node, because for small weights the many steps cost more than the sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: float,
+        eps: float,
+        row_axes: tuple[int, ...],
+        *vectors: Tensor,
+    ) -> Tensor:
+        matrix = _three_axes(wide(weight))
+        sigma = _mean_value(matrix, row_axes, vectors)
+        ctx.save_for_backward(weight, sigma, *vectors)
+        ctx.options = (scale, eps, row_axes)
+        return (matrix * (scale / sigma.clamp(min=eps))).view_as(weight).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, sigma, *vectors = ctx.saved_tensors
+        scale, eps, row_axes = ctx.options
+        rest = (None,) * (3 + len(vectors))
+        if torch.is_grad_enabled():
+            # Derivatives of this backward need the singular values as functions of the weight.
+            value = _plain(weight, scale, eps, row_axes, *vectors)
+            return *torch.autograd.grad(value, weight, gradients[0], create_graph=True), *rest
+        gradient, matrix = _three_axes(wide(gradients[0])), _three_axes(wide(weight))
+        factor = scale / sigma.clamp(min=eps)
+        along = torch.dot(gradient.flatten(), matrix.flatten())
+        # Where the singular value counts as eps it has no derivative.
+        pull = torch.where(sigma >= eps, -along * factor / sigma, 0.0) / len(row_axes)
+        found = gradient * factor
+        for axis, left, right in zip(row_axes, vectors[::2], vectors[1::2], strict=True):
+            outer = torch.outer(left * pull, right)
+            if axis == 0:
+                found += outer.view_as(found)
+            else:
+                found += outer.view(found.shape[1], found.shape[0], -1).transpose(0, 1)
+        return found.view_as(weight).to(weight.dtype), *rest
 
 
 def _set_direction(vector: Tensor, new: Tensor, eps: float) -> None:
