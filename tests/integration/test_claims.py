@@ -1,6 +1,7 @@
 """The claims: one rule for verdicts, findings that can go either way, evidence and ledger."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -335,6 +336,18 @@ def _miniature(threshold=-100.0):
     )
 
 
+def test_time_of_what_a_claim_measures_without_studies_counts(tmp_path):
+    def measure(runs):
+        time.sleep(0.2)
+        return [AHEAD.judge(1.0, (0.5, 1.5), 3)]
+
+    part = Part(name="part", bounds=(AHEAD,), measure=measure)
+    claim = replace(_miniature(), parts=(part,))
+    found = reproduce(claim, "small", None, tmp_path, QUIET)
+    assert found.seconds >= 0.2
+    assert reproduce(claim, "small", None, tmp_path, QUIET) == found
+
+
 def test_reproduce_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     calls = []
 
@@ -354,7 +367,7 @@ def test_reproduce_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
     found = reproduce(_miniature(), "small", tmp_path / "data", run, QUIET)
     assert len(list(run.rglob("result.json"))) == 4
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     assert verdicts(found.findings) == [HOLDS]
     assert (found.seeds, found.n) == ((0, 1), 4)
     assert found.seconds > 0

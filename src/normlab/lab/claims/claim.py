@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -216,7 +217,8 @@ class Evidence:
         device: The kind of device and its name.
         threads: Threads of the process.
         versions: Versions of normlab, Python and packages.
-        seconds: Seconds of training and evaluation over all trials, those of the searches too.
+        seconds: Seconds of training and evaluation over all trials, those of the searches too, and
+            of what the claim measures besides.
         date: When the run was complete.
     """
 
@@ -272,6 +274,7 @@ def reproduce(
     plan = _begin(claim, scale, folder)
     findings: list[Finding] = []
     runs: list[RunRecord] = []
+    measuring = 0.0
     for part in claim.parts:
         part_runs: dict[str, RunRecord] = {}
         for name, study in part.studies.get(scale, {}).items():
@@ -279,18 +282,22 @@ def reproduce(
             console.print(f"{claim.name}: {part.name}, {name}", markup=False)
             comparison.compare(locate(study, data), place, console)
             part_runs[name] = records.read_run(place)
+        start = time.perf_counter()
         made = part.measure(part_runs)
+        measuring += time.perf_counter() - start
         assert [finding.statement for finding in made] == [b.statement for b in part.bounds]
         findings += made
         runs += part_runs.values()
     if plan["finished"] is None:
         plan["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        plan["measuring"] = round(measuring, 1)
         records.write_json(folder / PLAN, plan)
 
     around = runs[-1].environment if runs else environment.describe_environment(Processes("cpu"))
     trials = [trial for run in runs for trial in run.trials]
     ended = [trial.result for run in runs for trial in (*run.trials, *run.tuning) if trial.result]
-    seconds = sum(
+    # Folders of before this was measured have no such line.
+    seconds = plan.get("measuring", 0.0) + sum(
         (result.get("seconds") or 0.0) + (result.get("evaluation_seconds") or 0.0)
         for result in ended
     )

@@ -83,10 +83,10 @@ def _study(scale: str) -> Study:
             {"name": "resnet", "depth": 32 if small else 110, "width": 8 if small else 16}
         ),
         methods=["batch-norm", "stochastic-depth"],
-        seeds=[0, 1, 2, 3, 4] if small else [0, 1, 2],
+        seeds=[0, 1, 2],
         # One recipe for both, as in the paper; at the small scale half the batch at half the rate.
         training=Training(
-            epochs=15 if small else 500,
+            epochs=120 if small else 500,
             batch_size=64 if small else 128,
             lr=0.05 if small else 0.1,
             weight_decay=1e-4,
@@ -103,13 +103,16 @@ CLAIM = Claim(
     statement="Leaving residual branches out at random saves at least a fifth of the training time "
     "of a deep residual network, and the network is no less accurate.",
     budget={
-        "small": "10 trials of 300 steps: about 6 minutes on one core",
+        "small": "6 trials of 2,400 steps: about 40 minutes on one core",
         "paper": "6 trials of 500 epochs of CIFAR-10: about three days on one GPU",
     },
     departs={
         "small": (
-            "A network of 32 layers and width 8 and 15 epochs of 1,280 images of Fashion-MNIST, "
+            "A network of 32 layers and width 8 and 120 epochs of 1,280 images of Fashion-MNIST, "
             "not 110 layers and 500 epochs of CIFAR-10.",
+            "The training was made longer after a first run, whose line stays in the ledger: after "
+            "15 epochs the network with missing branches was still far from fitting its data. "
+            "Bounds are those of the first run.",
             "SGD without Nesterov's look ahead.",
             "The accuracy at the end, not that of the best epoch on held-out images.",
         ),
