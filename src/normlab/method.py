@@ -378,6 +378,27 @@ def split_groups(groups: list[Group], chosen: Iterable[Tensor], **changes: Any) 
     return result
 
 
+def check_held(
+    operation: str, parameters: Iterable[Tensor], *optimizers: torch.optim.Optimizer
+) -> None:
+    """Refuse optimisers that, together, miss a parameter that trains.
+
+    Args:
+        operation: The method that put the parameters into the model.
+        parameters: The parameters; those that do not train are passed over.
+        optimizers: All optimisers of the model.
+
+    Raises:
+        ValueError: The optimisers were built before the method changed the model.
+    """
+    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    if any(parameter.requires_grad and id(parameter) not in held for parameter in parameters):
+        raise ValueError(
+            f"{operation}(optimizer): expected an optimiser of the model's present parameters, got "
+            f"one built before {operation} changed them; build it after"
+        )
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, list(known), n=1, cutoff=0.0)
     return f"do you mean {near[0]!r}?" if near else "do leave it out"

@@ -436,6 +436,19 @@ def test_plain_networks_are_refused(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_an_optimiser_from_before_is_refused():
+    model = make("projection")
+    old = torch.optim.SGD(model.parameters(), lr=0.1)
+    model = METHOD.prepare(model, Setting(batches=(images(),)))
+    promised = (
+        r"fixup\(optimizer\): expected an optimiser of the model's present parameters, got one "
+        "built before fixup changed them; build it after"
+    )
+    with pytest.raises(ValueError, match=promised):
+        METHOD.attach(model, old, Setting(batches=()))
+    METHOD.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), Setting(batches=()))
+
+
 class Preactivation(nn.Module):
     """Somebody's own residual branch of linear layers with biases."""
 

@@ -152,3 +152,16 @@ def test_bad_input():
         standardize_weights(nn.Conv2d(1, 4, 1))
     with pytest.raises(Unsuitable, match="weight-norm"):
         METHOD.prepare(nn.Linear(2, 2), Setting(batches=()))
+
+
+def test_an_optimiser_from_before_is_refused():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU())
+    old = torch.optim.SGD(model.parameters(), lr=0.1)
+    standardize_weights(model)
+    promised = (
+        r"weight-standardization\(optimizer\): expected an optimiser of the model's present "
+        "parameters, got one built before weight-standardization changed them; build it after"
+    )
+    with pytest.raises(ValueError, match=promised):
+        METHOD.attach(model, old, Setting(batches=()))
+    METHOD.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), Setting(batches=()))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.growth.pairs import Convolution, GrowthPair, centre
+from normlab.method import check_held
 
 Key = tuple[nn.Module, str]
 """A parameter or buffer: the module that registers it, and its name there."""
@@ -290,15 +291,12 @@ def check_holds(
     Raises:
         ValueError: In the form of the house.
     """
-    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
-    for pair in pairs:
-        for module, name in {slot.key for slot in slots(pair)}:
-            parameter = module._parameters.get(name)
-            if parameter is not None and parameter.requires_grad and id(parameter) not in held:
-                raise ValueError(
-                    f"{operation}(optimizer): expected an optimiser of the model's present "
-                    f"parameters, got one built before {operation} changed them; build it after"
-                )
+    found = [
+        module._parameters.get(name)
+        for pair in pairs
+        for module, name in {slot.key for slot in slots(pair)}
+    ]
+    check_held(operation, (one for one in found if one is not None), *optimizers)
 
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:

@@ -23,6 +23,7 @@ Departs:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from normlab.inits.fixup_any import fixup_any_
@@ -41,7 +42,16 @@ from normlab.inits.fixup_rules import (
     he_normal_,
     torch_default_,
 )
-from normlab.method import Card, Group, Method, Setting, Source, Unsuitable, split_groups
+from normlab.method import (
+    Card,
+    Group,
+    Method,
+    Setting,
+    Source,
+    Unsuitable,
+    check_held,
+    split_groups,
+)
 from normlab.surgery.branches import Branch, plan_branches
 from normlab.surgery.normalisers import refuse_wrapped
 from normlab.surgery.residual import ResidualBlock, ResidualNetwork, find_residual_network
@@ -188,6 +198,11 @@ def _fixup_block(network: ResidualNetwork, block: ResidualBlock) -> nn.Module:
     return kind(*block.convolutions, shortcut=shortcut)
 
 
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> None:
+    """Refuse an optimiser that was built before the scalars were put in."""
+    check_held("fixup", scalars_of(model), optimizer)
+
+
 CARD = Card(
     name="fixup",
     title="Fixup initialisation",
@@ -216,4 +231,4 @@ CARD = Card(
     ),
 )
 
-METHOD = Method(card=CARD, prepare=prepare, parameter_groups=parameter_groups)
+METHOD = Method(card=CARD, prepare=prepare, parameter_groups=parameter_groups, attach=attach)

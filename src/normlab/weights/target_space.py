@@ -43,7 +43,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from normlab.method import Card, Group, Method, Setting, Source, Unsuitable, split_groups
+from normlab.method import (
+    Card,
+    Group,
+    Method,
+    Setting,
+    Source,
+    Unsuitable,
+    check_held,
+    split_groups,
+)
 from normlab.surgery.flow import Flow, trace_flow
 from normlab.surgery.snapshot import Snapshot
 from normlab.surgery.swap import BATCH_NORMS, modules_of, swap
@@ -286,13 +295,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting)
     Raises:
         ValueError: The optimiser was built before the model was put into target space.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     targets = [module.targets for module in model.modules() if isinstance(module, TargetLayer)]
-    if any(target.requires_grad and id(target) not in held for target in targets):
-        raise ValueError(
-            "target-space(optimizer): expected an optimiser of the model's present parameters, "
-            "got one built before target-space changed them; build it after"
-        )
+    check_held("target-space", targets, optimizer)
 
 
 CARD = Card(

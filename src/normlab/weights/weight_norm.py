@@ -33,7 +33,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Setting, Source, Unsuitable, split_groups
+from normlab.method import (
+    Card,
+    Group,
+    Method,
+    Setting,
+    Source,
+    Unsuitable,
+    check_held,
+    split_groups,
+)
 from normlab.surgery.flow import trace_flow
 from normlab.surgery.snapshot import Snapshot
 from normlab.surgery.swap import BATCH_NORMS, modules_of, swap
@@ -95,12 +104,7 @@ def check_optimizers(model: nn.Module, *optimizers: torch.optim.Optimizer) -> No
             ...
         ValueError: weight-norm(optimizer): expected an optimiser of the model's present ...
     """
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    if any(id(p) not in held for p in _lengths_and_directions(model) if p.requires_grad):
-        raise ValueError(
-            "weight-norm(optimizer): expected an optimiser of the model's present parameters, got "
-            "one built before weight-norm changed them; build it after"
-        )
+    check_held("weight-norm", _lengths_and_directions(model), *optimizers)
 
 
 def _lengths_and_directions(model: nn.Module) -> list[nn.Parameter]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normlab.method import Card, Method, Setting, Source, Unsuitable
+from normlab.method import Card, Method, Setting, Source, Unsuitable, check_held
 from normlab.moments import runs_eagerly, wide
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -217,6 +217,12 @@ def prepare(
     return model
 
 
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> None:
+    """Refuse an optimiser that was built before the weights were standardised."""
+    parts = (module for module in model.modules() if isinstance(module, WeightStandardization))
+    check_held("weight-standardization", (part.gain for part in parts), optimizer)
+
+
 CARD = Card(
     name="weight-standardization",
     title="Scaled weight standardisation",
@@ -242,4 +248,4 @@ CARD = Card(
     ),
 )
 
-METHOD = Method(card=CARD, prepare=prepare)
+METHOD = Method(card=CARD, prepare=prepare, attach=attach)
