@@ -110,7 +110,8 @@ class BranchPlan:
             rows.append((branch.name, str(branch.length), ", ".join(layers)))
         wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [f"{one:<{wide[0]}}  {two:>{wide[1]}}  {three}" for one, two, three in rows]
-        lines.insert(0, f"{len(self.branches)} residual branches")
+        plural = "" if len(self.branches) == 1 else "es"
+        lines.insert(0, f"{len(self.branches)} residual branch{plural}")
         for title, layers in (
             ("outside", self.outside),
             ("readout", self.heads),
@@ -152,7 +153,7 @@ def plan_branches(
         ...     def forward(self, x):
         ...         return x + self.two(self.one(x).relu())
         >>> print(plan_branches(nn.Sequential(Block(), nn.Linear(4, 2)), torch.zeros(2, 4)))
-        1 residual branches
+        1 residual branch
         branch  m  weight layers, the zero ones in brackets
         0       2  0.one, [0.two]
         outside: none
