@@ -312,7 +312,7 @@ CARD = Card(
     eval_differs=True,
     stochastic=True,
     state=("the seed and the step counter of the gates",),
-    best_for="Very deep residual networks: it regularises, and saves about a quarter of the "
+    best_for="Very deep residual networks: it regularises, and saves about a fifth of the "
     "training time.",
     limits=(
         "Needs residual branches: a plain network is refused.",
