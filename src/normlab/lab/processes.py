@@ -8,6 +8,7 @@ that knows of accelerate.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from normlab.norms.batch_norm import synchronize
 from normlab.surgery.swap import BATCH_NORMS, modules_of
 
 Precision = Literal["fp32", "bf16"]
+
+_LETTING_GO = 0.2
+"""Seconds in which threads of a group finish what they do, far more than they need."""
 
 
 class Processes:
@@ -123,6 +127,9 @@ class Processes:
         """Leave the group of processes."""
         if self.size > 1:
             self._accelerator.end_training()
+            # DistributedDataParallel keeps the group's threads alive, and one that lets go of its
+            # last tensors while Python shuts down aborts the process. No call waits for them.
+            time.sleep(_LETTING_GO)
 
 
 def device_name(device: torch.device) -> str:
