@@ -107,7 +107,7 @@ def measure(batches: Batches, rounds: int) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     before = environment()
     digits = load_task("digits")
     sources = {
