@@ -148,12 +148,15 @@ def _rows(weight: Tensor, axis: int) -> Tensor:
 def _plain(
     weight: Tensor, scale: float, eps: float, row_axes: tuple[int, ...], *vectors: Tensor
 ) -> Tensor:
+    return _divided(weight, scale, eps, _mean_value(weight, row_axes, vectors))
+
+
+def _divided(weight: Tensor, scale: float, eps: float, sigma: Tensor) -> Tensor:
+    return (wide(weight) * (scale / sigma.clamp(min=eps))).to(weight.dtype)
+
+
+def _mean_value(weight: Tensor, row_axes: tuple[int, ...], vectors: Sequence[Tensor]) -> Tensor:
     matrix = _three_axes(wide(weight))
-    sigma = _mean_value(matrix, row_axes, vectors)
-    return (matrix * (scale / sigma.clamp(min=eps))).view_as(weight).to(weight.dtype)
-
-
-def _mean_value(matrix: Tensor, row_axes: tuple[int, ...], vectors: Sequence[Tensor]) -> Tensor:
     values = [
         torch.dot(left, torch.mv(_rows(matrix, axis), right))
         for axis, left, right in zip(row_axes, vectors[::2], vectors[1::2], strict=True)
@@ -173,11 +176,10 @@ class _Normalize(torch.autograd.Function):
         row_axes: tuple[int, ...],
         *vectors: Tensor,
     ) -> Tensor:
-        matrix = _three_axes(wide(weight))
-        sigma = _mean_value(matrix, row_axes, vectors)
+        sigma = _mean_value(weight, row_axes, vectors)
         ctx.save_for_backward(weight, sigma, *vectors)
         ctx.options = (scale, eps, row_axes)
-        return (matrix * (scale / sigma.clamp(min=eps))).view_as(weight).to(weight.dtype)
+        return _divided(weight, scale, eps, sigma)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
