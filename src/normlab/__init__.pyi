@@ -29,7 +29,6 @@ from normlab.method import Setting as Setting
 from normlab.method import Source as Source
 from normlab.method import Unsuitable as Unsuitable
 from normlab.method import compose as compose
-from normlab.method import split_groups as split_groups
 from normlab.norms.accumulated_batch_norm import backward_jointly as backward_jointly
 from normlab.norms.accumulated_batch_norm import forward_jointly as forward_jointly
 from normlab.norms.batch_kalman_norm import BatchKalmanNorm as BatchKalmanNorm
@@ -72,6 +71,7 @@ from normlab.optim.bn_preconditioning import BatchNormPreconditioner as BatchNor
 from normlab.optim.bnp_langevin import (
     BatchNormPreconditionedLangevin as BatchNormPreconditionedLangevin,
 )
+from normlab.optim.effective_lr import equivalent_lr as equivalent_lr
 from normlab.optim.gradient_noise_scale import GradientNoiseScale as GradientNoiseScale
 from normlab.optim.lamb import LAMB as LAMB
 from normlab.optim.lars import LARS as LARS
@@ -83,8 +83,8 @@ from normlab.optim.lookahead import Lookahead as Lookahead
 from normlab.optim.rmsprop_inside_root import RMSPropInsideRoot as RMSPropInsideRoot
 from normlab.optim.sam import SAM as SAM
 from normlab.optim.weight_rescaling import WeightRescaler as WeightRescaler
-from normlab.optim.weight_rescaling import equivalent_lr as equivalent_lr
 from normlab.optim.weight_rescaling import rescale_ as rescale_
+from normlab.parameter_groups import split_groups as split_groups
 from normlab.regularizers.block_gates import BlockGates as BlockGates
 from normlab.regularizers.block_gates import expected_depth as expected_depth
 from normlab.regularizers.block_gates import survival_probs as survival_probs

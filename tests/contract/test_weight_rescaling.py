@@ -13,14 +13,12 @@ from torch import nn
 from normlab.method import Setting, Unsuitable
 from normlab.optim.weight_rescaling import (
     METHOD,
-    LearningRateScaling,
     WeightRescaler,
-    equilibrium_norm,
-    equivalent_lr,
     find_scale_free_weights,
     rescale_,
 )
 from normlab.testing import METHOD_CHECKS, MethodCase
+from scale_free_training import OPTIMIZERS, Training
 
 TINY = 1e-30  # torch refuses eps = 0 in training
 
@@ -188,52 +186,6 @@ def test_scale_free_gradients():
     torch.testing.assert_close(gradient(), grad / 2.5, atol=1e-10, rtol=1e-10)
 
 
-class Training:
-    """One linear layer before BatchNorm in float64, trained on a fixed batch."""
-
-    def __init__(self, scale=1.0, units=4, zero_columns=0):
-        torch.manual_seed(1)
-        self.x = torch.randn(16, 6, dtype=torch.float64)
-        self.x[:, 6 - zero_columns :] = 0
-        self.targets = torch.randn(16, units, dtype=torch.float64)
-        linear = nn.Linear(6, units, bias=False)
-        self.model = joined(linear, nn.BatchNorm1d(units, eps=TINY, affine=False))
-        self.weight = linear.weight
-        with torch.no_grad():
-            self.weight.mul_(scale)
-
-    def step(self, optimizer):
-        loss = (self.model(self.x) - self.targets).square().mean(0).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    def directions(self, optimizer, steps=8):
-        history = []
-        for _ in range(steps):
-            self.step(optimizer)
-            history.append(nn.functional.normalize(self.weight.detach()))
-        return torch.stack(history)
-
-
-OPTIMIZERS = {
-    "sgd": (partial(torch.optim.SGD, momentum=0.9), False),
-    "adam": (partial(torch.optim.Adam, eps=0.0), True),
-}
-
-
-@pytest.mark.parametrize(("make", "normalised"), OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_rates_at_other_norms_are_equivalent(make, normalised):
-    one, two = Training(), Training(scale=3.0)
-    lr = equivalent_lr(0.05, 1.0, 3.0, normalised=normalised)
-    assert lr == pytest.approx(0.05 * (3 if normalised else 9))
-    expected = one.directions(make([one.weight], lr=0.05))
-    torch.testing.assert_close(
-        two.directions(make([two.weight], lr=lr)), expected, atol=1e-9, rtol=0
-    )
-    assert (expected[-1] - expected[0]).abs().max() > 1e-2
-
-
 @pytest.mark.parametrize("rescale_state", [True, False])
 @pytest.mark.parametrize(("make", "normalised"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_rescaling_with_its_state_and_rate_keeps_the_trajectory(make, normalised, rescale_state):
@@ -293,31 +245,6 @@ def test_old_weights_in_silent_columns_decay_by_the_norms():
         product /= norms[-1].unsqueeze(1)
     assert product.max() < 0.99
     torch.testing.assert_close(run.weight.detach()[:, 4:], start * product, atol=1e-13, rtol=1e-10)
-
-
-def test_scaling_the_rate_keeps_the_effective_rate():
-    one, two = Training(units=1), Training(units=1)
-    target = one.weight.norm().item()
-    rescaling = torch.optim.SGD([one.weight], lr=0.3)
-    rescaler(one.model, one.x, rescaling, target_norm=target)
-    scaling = torch.optim.SGD([two.weight], lr=0.3)
-    LearningRateScaling(scaling, find_scale_free_weights(two.model, two.x).weights)
-    torch.testing.assert_close(
-        two.directions(scaling), one.directions(rescaling), atol=1e-10, rtol=0
-    )
-    assert scaling.param_groups[0]["lr"] == 0.3
-    assert two.weight.norm() > 1.05 * target
-    reference = scaling.state_dict()["param_groups"][0]["reference_square_norm"]
-    assert reference == pytest.approx(target**2)
-
-
-def test_equilibrium_of_growth_and_decay():
-    lr, decay, gradient, square = 0.1, 1e-2, 0.7, 1.0
-    for _ in range(100_000):  # a gradient of norm g / ||w||, orthogonal to w
-        square = square * (1 - lr * decay) ** 2 + (lr * gradient) ** 2 / square
-    norm = equilibrium_norm(lr, decay, gradient)
-    assert math.sqrt(square) == pytest.approx(norm, rel=1e-3)
-    assert equivalent_lr(lr, norm) == pytest.approx(math.sqrt(2 * lr * decay) / gradient)
 
 
 def test_initial_norms_as_targets():

@@ -8,15 +8,16 @@ import pytest
 import normlab
 
 PACKAGE = Path(normlab.__file__).parent
-GROUND = ("method", "moments", "kernels", "surgery")
+GROUND = ("method", "parameter_groups", "moments", "kernels", "surgery")
 ROOMS = ("norms", "inits", "weights", "optim", "regularizers", "activations")
 
 # Room (the first that matches a module's name) to the rooms it may import beside itself.
 ALLOWED = {
-    "method": (),
+    "method": ("parameter_groups",),
+    "parameter_groups": (),
     "moments": (),
     "kernels": ("method", "moments"),
-    "surgery": ("method", "moments"),
+    "surgery": ("method", "parameter_groups", "moments"),
     **dict.fromkeys(ROOMS, GROUND),
     "quantized": (*GROUND, *ROOMS),
     "growth": (*GROUND, *ROOMS),

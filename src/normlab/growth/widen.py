@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.growth.pairs import Convolution, GrowthPair, centre
-from normlab.method import check_held
+from normlab.parameter_groups import check_held
 
 Key = tuple[nn.Module, str]
 """A parameter or buffer: the module that registers it, and its name there."""

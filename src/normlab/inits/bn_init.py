@@ -41,7 +41,8 @@ from normlab.inits.bn_init_recipe import (
     init_weights_,
     online_input_norm,
 )
-from normlab.method import Card, Group, Method, Setting, Source, Unsuitable, split_groups
+from normlab.method import Card, Method, Setting, Source, Unsuitable
+from normlab.parameter_groups import Group, split_groups
 from normlab.surgery.swap import adopt
 
 Normalisers: TypeAlias = tuple[type[nn.Module], ...]

@@ -42,16 +42,8 @@ from normlab.inits.fixup_rules import (
     he_normal_,
     torch_default_,
 )
-from normlab.method import (
-    Card,
-    Group,
-    Method,
-    Setting,
-    Source,
-    Unsuitable,
-    check_held,
-    split_groups,
-)
+from normlab.method import Card, Method, Setting, Source, Unsuitable
+from normlab.parameter_groups import Group, check_held, split_groups
 from normlab.surgery.branches import Branch, plan_branches
 from normlab.surgery.normalisers import refuse_wrapped
 from normlab.surgery.residual import ResidualBlock, ResidualNetwork, find_residual_network

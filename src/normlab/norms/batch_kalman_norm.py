@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Setting, Source, split_groups
+from normlab.method import Card, Method, Setting, Source
 from normlab.moments import (
     check_channels,
     check_count,
@@ -48,6 +48,7 @@ from normlab.norms.kalman_chain import ChainPlan
 from normlab.norms.kalman_filter import Posterior, guard, kalman_update, observe, predict
 from normlab.norms.kalman_micro_batches import MicroBatches
 from normlab.norms.kalman_options import MOST_FULL, check_options
+from normlab.parameter_groups import Group, split_groups
 from normlab.surgery.swap import batch_norms, keep_affine, swap
 
 _NOISE = 0.01

@@ -33,7 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Setting, Source, Unsuitable, split_groups
+from normlab.method import Card, Method, Setting, Source, Unsuitable
 from normlab.norms.batchless_layer import BatchlessNorm as BatchlessNorm
 from normlab.norms.batchless_layer import batchless_norm as batchless_norm
 from normlab.norms.batchless_layer import collect_losses as collect_losses
@@ -41,6 +41,7 @@ from normlab.norms.batchless_layer import statistics_parameters as statistics_pa
 from normlab.norms.batchless_likelihood import check_choice, check_options
 from normlab.norms.batchless_start import restart_from_data as restart_from_data
 from normlab.norms.batchless_start import start_from_data as start_from_data
+from normlab.parameter_groups import Group, split_groups
 from normlab.surgery.swap import adopt, batch_norms, keep_affine, swap
 
 

@@ -22,9 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Setting, Source, split_groups
+from normlab.method import Card, Method, Setting, Source
 from normlab.moments import check_channels
 from normlab.norms.filter_response_unit import filter_response_unit, thresholded_linear_unit
+from normlab.parameter_groups import Group, split_groups
 from normlab.surgery.flow import Call, Flow, Sum, trace_flow
 from normlab.surgery.swap import BATCH_NORMS, batch_norms, keep_affine, swap
 

@@ -20,10 +20,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Source
+from normlab.method import Card, Method, Source
 from normlab.optim.layer_adaptation import require
 from normlab.optim.sam import SAM, attach
 from normlab.optim.tensor_lists import total_norm
+from normlab.parameter_groups import Group
 
 
 class ASAM(SAM):

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Setting, Source
+from normlab.method import Card, Method, Setting, Source
 from normlab.optim.wrapper import OptimizerWrapper
+from normlab.parameter_groups import Group
 
 _KEY = "batch_growth"
 _CAP = "max_batches"

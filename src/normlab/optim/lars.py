@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Setting, Source
+from normlab.method import Card, Method, Setting, Source
 from normlab.optim.layer_adaptation import LayerAdaptiveOptimizer, require, split_excluded
 from normlab.optim.tensor_lists import scale_, tensor_norms
+from normlab.parameter_groups import Group
 
 
 class LARS(LayerAdaptiveOptimizer):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Group, split_groups
 from normlab.optim.tensor_lists import by_kind, in_portions
+from normlab.parameter_groups import Group, split_groups
 from normlab.surgery.normalisers import find_normalisers
 
 PORTION = 2**20

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, SequentialLR
 
-from normlab.method import Card, Group, Method, Setting, Source
+from normlab.method import Card, Method, Setting, Source
+from normlab.parameter_groups import Group
 
 Rule = Literal["linear", "sqrt"]
 

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normlab.method import Card, Group, Method, Source
+from normlab.method import Card, Method, Source
 from normlab.optim.layer_adaptation import require
 from normlab.optim.wrapper import OptimizerWrapper
+from normlab.parameter_groups import Group
 
 _KEY = "lookahead"
 _SLOW = "slow_weight"

@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Setting, Source
+from normlab.method import Card, Method, Setting, Source
 from normlab.optim.layer_adaptation import LayerAdaptiveOptimizer, require
+from normlab.parameter_groups import Group
 
 
 class RMSPropInsideRoot(LayerAdaptiveOptimizer):

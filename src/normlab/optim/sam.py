@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.method import Card, Group, Method, Setting, Source
+from normlab.method import Card, Method, Setting, Source
 from normlab.optim.layer_adaptation import require
 from normlab.optim.tensor_lists import by_kind, total_norm
 from normlab.optim.wrapper import OptimizerWrapper
+from normlab.parameter_groups import Group
 
 
 class SAM(OptimizerWrapper):

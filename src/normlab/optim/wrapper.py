@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from normlab.method import Group
+from normlab.parameter_groups import Group
 
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _STATE_HOOKS = (

@@ -43,16 +43,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from normlab.method import (
-    Card,
-    Group,
-    Method,
-    Setting,
-    Source,
-    Unsuitable,
-    check_held,
-    split_groups,
-)
+from normlab.method import Card, Method, Setting, Source, Unsuitable
+from normlab.parameter_groups import Group, check_held, split_groups
 from normlab.surgery.flow import Flow, trace_flow
 from normlab.surgery.snapshot import Snapshot
 from normlab.surgery.swap import BATCH_NORMS, modules_of, swap

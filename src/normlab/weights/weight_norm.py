@@ -33,16 +33,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from normlab.method import (
-    Card,
-    Group,
-    Method,
-    Setting,
-    Source,
-    Unsuitable,
-    check_held,
-    split_groups,
-)
+from normlab.method import Card, Method, Setting, Source, Unsuitable
+from normlab.parameter_groups import Group, check_held, split_groups
 from normlab.surgery.flow import trace_flow
 from normlab.surgery.snapshot import Snapshot
 from normlab.surgery.swap import BATCH_NORMS, modules_of, swap

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normlab.method import Card, Method, Setting, Source, Unsuitable, check_held
+from normlab.method import Card, Method, Setting, Source, Unsuitable
 from normlab.moments import runs_eagerly, wide
+from normlab.parameter_groups import check_held
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
