@@ -11,6 +11,9 @@ from torch import Tensor
 Group = dict[str, Any]
 """One parameter group as torch's optimisers take it: ``params``, ``lr``, ``weight_decay``, ..."""
 
+GROWTH = "growth"
+"""The key of the first group under which a grower keeps its step counter."""
+
 
 def split_groups(groups: list[Group], chosen: Iterable[Tensor], **changes: Any) -> list[Group]:
     """Move chosen parameters into groups of their own, with some of the group's values changed.
@@ -39,6 +42,23 @@ def split_groups(groups: list[Group], chosen: Iterable[Tensor], **changes: Any) 
             }
             result.append({**group, **values, "params": moved})
     return result
+
+
+def check_no_growth(operation: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser under which the network grows: what holds on to parameters loses them.
+
+    Args:
+        operation: The method that holds on to them.
+        optimizer: The optimiser.
+
+    Raises:
+        ValueError: The network grows.
+    """
+    if GROWTH in optimizer.param_groups[0]:
+        raise ValueError(
+            f"{operation}(optimizer): expected parameters that stay, got an optimiser under which "
+            f"the network grows; train without growth, or without {operation}"
+        )
 
 
 def check_held(

@@ -512,3 +512,33 @@ def test_attaching_without_preparing_is_refused():
     model = one.make_model()
     with pytest.raises(ValueError, match="the model that prepare returned"):
         METHOD.attach(model, torch.optim.SGD(model.parameters()), one.setting())
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_counts_of_units_are_checked(count):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x, y = torch.randn(4, 4), torch.zeros(4, dtype=torch.long)
+    (pair,) = find_pairs(model, x).pairs
+    with pytest.raises(ValueError, match=r"gradmax_units\(wanted=.*expected 1, 2, 3, \.\.\. new"):
+        gradmax_units(model, {pair: count}, x, y)
+    with pytest.raises(ValueError, match=r"random_units\(wanted=.*expected 1, 2, 3, \.\.\. new"):
+        random_units({pair: count})
+
+
+def test_units_beside_zeros_would_never_learn():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    nn.init.zeros_(model[2].weight)
+    x, y = torch.randn(4, 4), torch.zeros(4, dtype=torch.long)
+    (pair,) = find_pairs(model, x).pairs
+    with pytest.raises(ValueError, match=r"norm_of_new\(0\): expected outgoing weights that"):
+        gradmax_units(model, {pair: 1}, x, y)
+    assert gradmax_units(model, {pair: 1}, x, y, norm="fixed")[pair].outgoing.norm() > 0.4
+
+
+def test_a_network_that_diverged_grows_at_random():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x, y = torch.randn(4, 4), torch.zeros(4, dtype=torch.long)
+    (pair,) = find_pairs(model, x).pairs
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    assert torch.isfinite(gradmax_units(model, {pair: 1}, x, y)[pair].outgoing).all()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ from normlab.growth.schedule import (
     spread_width,
     units_per_growth,
 )
+from normlab.optim.bn_preconditioning import BatchNormPreconditioner
+from normlab.optim.effective_lr import LearningRateScaling
+from normlab.optim.weight_rescaling import WeightRescaler
+
+
+def scale_free(model):
+    return [SimpleNamespace(weight=parameter) for parameter in model.parameters()]
 
 
 def widths(model):
@@ -164,6 +172,101 @@ def test_a_growth_past_the_limit_is_refused_and_changes_nothing():
     assert widths(model) == [4, 4]
 
 
+def test_a_limit_is_looked_at_before_units_are_made():
+    def made(*arguments):
+        raise AssertionError("units were made")
+
+    model, optimizer, _ = growing(
+        GrowthSchedule(1, 1, 1), final_widths=[10**9, 4], max_bytes=10**6, make_units=made
+    )
+    with pytest.raises(ValueError, match=r"max_bytes=1000000\): expected a growth that takes at"):
+        train(model, optimizer, 1)
+    assert widths(model) == [4, 4]
+
+
+def test_a_growth_past_the_memory_says_so_and_changes_nothing():
+    model, optimizer, _ = growing(
+        GrowthSchedule(1, 1, 1), final_widths=[10**11, 4], make_units=by_chance
+    )
+    message = r"Grower.grow\(growth=0\): expected a growth by \[99999999996\] units that fits into"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        train(model, optimizer, 1)
+    assert widths(model) == [4, 4]
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+
+
+def test_each_growth_draws_anew():
+    model, _, grower = growing(GrowthSchedule(1, 1, 2), make_units=by_chance, seed=3)
+    for growth in range(2):
+        grower.grow(growth)
+    first, second = (vector / vector.norm() for vector in model[2].weight.detach().T[4:6])
+    assert (first[:4] - second[:4]).norm() > 0.1
+
+
+def test_several_optimisers_follow():
+    model = network()
+    first = torch.optim.Adam(model[0].parameters(), lr=0.01)
+    last = torch.optim.SGD([*model[2].parameters(), *model[4].parameters()], lr=0.1, momentum=0.9)
+    pairs = find_pairs(model, X).pairs
+    with pytest.raises(ValueError, match="the model's present parameters"):
+        Grower(model, last, pairs, make_units=by_gradient, batch=batch,
+               schedule=GrowthSchedule(1, 1, 2))  # fmt: skip
+    Grower(model, last, pairs, make_units=by_gradient, batch=batch,
+           schedule=GrowthSchedule(1, 1, 2), others=[first])  # fmt: skip
+    for step in range(3):
+        loss = nn.functional.cross_entropy(model(batch(step)[0]), batch(step)[1])
+        model.zero_grad()
+        loss.backward()
+        first.step()
+        last.step()
+    assert widths(model) == [6, 6]
+    held = [p for one in (first, last) for group in one.param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda model, optimizer: BatchNormPreconditioner(model, optimizer),
+        lambda model, optimizer: WeightRescaler(optimizer, []),
+        lambda model, optimizer: LearningRateScaling(optimizer, scale_free(model)),
+    ],
+    ids=["bn-preconditioning", "weight-rescaling", "learning-rate scaling"],
+)
+def test_what_holds_on_to_parameters_does_not_go_with_growth(attach):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pairs = find_pairs(model, X).pairs
+    make = partial(Grower, make_units=by_gradient, batch=batch, schedule=GrowthSchedule(1, 1, 2))
+    grower = make(model, optimizer, pairs)
+    with pytest.raises(ValueError, match="under which the network grows; train without growth"):
+        attach(model, optimizer)
+    grower.remove()
+    attach(model, optimizer)
+    with pytest.raises(ValueError, match=r"Grower\(optimizer\): expected one whose parameters may"):
+        make(model, optimizer, pairs)
+
+
+def test_optimisers_that_cannot_grow_are_refused_at_once():
+    model = network()
+    for kind in (torch.optim.Adafactor, torch.optim.LBFGS):
+        with pytest.raises(ValueError, match=rf"Grower\(optimizer={kind.__name__}\): expected an"):
+            Grower(model, kind(model.parameters()), find_pairs(model, X).pairs,
+                   make_units=by_chance, batch=batch,
+                   schedule=GrowthSchedule(1, 1, 1))  # fmt: skip
+
+
+def test_a_second_grower_starts_from_the_widths_that_there_are():
+    model, optimizer, grower = growing(GrowthSchedule(1, 1, 3))
+    train(model, optimizer, 3)
+    assert widths(model) == [7, 7]
+    grower.remove()
+    Grower(model, optimizer, grower.pairs, make_units=by_chance, batch=batch,
+           schedule=GrowthSchedule(1, 1, 2))  # fmt: skip
+    train(model, optimizer, 2)
+    assert widths(model) == [9, 9]
+
+
 def test_removing_stops_growth():
     model, optimizer, grower = growing(GrowthSchedule(2, 1, 3))
     train(model, optimizer, 2)
@@ -182,8 +285,10 @@ def test_wrong_growers_are_refused():
     grower.remove()
     with pytest.raises(ValueError, match="got 0 pairs"):
         more(model, optimizer, [])
-    with pytest.raises(ValueError, match="at least the widths at the start"):
+    with pytest.raises(ValueError, match="at least the present"):
         more(model, optimizer, grower.pairs, final_widths=[3, 8])
+    with pytest.raises(ValueError, match="a width for each pair"):
+        more(model, optimizer, grower.pairs, final_widths=[8])
     stale = torch.optim.SGD(network().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="the model's present parameters"):
         more(model, stale, grower.pairs)

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from normlab.growth.at_zero import ClampReLU, at_zero
+from normlab.growth.new_units import gradmax_units, random_units
 from normlab.growth.pairs import clamp_relus, find_pairs
+from normlab.growth.widen import widen
 
 
 class Everything(nn.Module):
@@ -101,6 +103,76 @@ def test_nothing_is_left_behind():
     assert model.training
     assert not model.gated.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Between(nn.Module):
+    """A convolution of two units and a reader, with a function in the middle."""
+
+    def __init__(self, function, second, kernel=3, first=None):
+        super().__init__()
+        self.first = nn.Conv2d(3, 2, kernel) if first is None else first
+        self.act, self.function, self.second = nn.Tanh(), function, second
+
+    def forward(self, x):
+        return self.second(self.function(self.act(self.first(input=x))))
+
+
+KEEPS_UNITS = {
+    "flatten": (lambda z: torch.flatten(z, 1), nn.Linear(32, 5)),
+    "view": (lambda z: z.view(z.size(0), -1), nn.Linear(32, 5)),
+    "reshape": (lambda z: z.reshape(len(z), z.shape[1] * 16), nn.Linear(32, 5)),
+    "mean": (lambda z: z.mean((2, 3)), nn.Linear(2, 5)),
+    "two means": (lambda z: z.mean(-1).mean(-1), nn.Linear(2, 5)),
+    "mean and flatten": (lambda z: z.mean((2, 3), keepdim=True).flatten(1), nn.Linear(2, 5)),
+    "norm": (nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, groups=2), nn.Flatten()),
+             nn.Linear(8, 5)),
+    "norm and view": (lambda z: z.view(len(z), -1), nn.Linear(32, 5),
+                      nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))),
+}  # fmt: skip
+MIXES_UNITS = {
+    "rows of parts": (lambda z: z.reshape(len(z), 4, -1), nn.Linear(8, 5)),
+    "positions": (lambda z: torch.flatten(z, 2), nn.Linear(16, 5)),
+    "a written size": (lambda z: z.view(-1, 32), nn.Linear(32, 5)),
+    "mean over units": (lambda z: z.mean((1, 2)), nn.Linear(4, 5)),
+    "flatten from the start": (lambda z: z.flatten(0).view(-1, 32), nn.Linear(32, 5)),
+}
+
+
+@pytest.mark.parametrize("kept", KEEPS_UNITS.values(), ids=KEEPS_UNITS)
+def test_functions_that_keep_units_apart(kept):
+    model, x = Between(*kept[:2], first=kept[2] if len(kept) > 2 else None), torch.randn(2, 3, 6, 6)
+    model = model.eval()
+    pairs, skipped = find_pairs(model, x)
+    assert len(pairs) == 1, skipped
+    expected, (pair,) = model(x), pairs
+    widen(model, random_units({pair: 2}, outgoing_zero=True))
+    torch.testing.assert_close(model(x), expected)
+    targets = torch.zeros(2, dtype=torch.long)
+    assert pair.normalised or gradmax_units(model, {pair: 2}, x, targets)
+
+
+@pytest.mark.parametrize("mixed", MIXES_UNITS.values(), ids=MIXES_UNITS)
+def test_functions_that_mix_units(mixed):
+    pairs, skipped = find_pairs(Between(*mixed), torch.randn(2, 3, 6, 6))
+    assert not pairs
+    assert any(part in skipped["first"] for part in ("mixes its units", "one by one", "not fit"))
+
+
+def test_a_function_in_front_of_a_convolution():
+    model = Between(lambda z: z.mean(-1), nn.Conv1d(2, 4, 3))
+    assert find_pairs(model, torch.randn(2, 3, 6, 6)).skipped["first"] == (
+        "the next layer reads another axis"
+    )
+
+
+def test_compiled_models_are_seen_as_they_were_written():
+    model, x = Between(lambda z: z.flatten(1), nn.Linear(32, 5)), torch.randn(2, 3, 6, 6)
+    compiled = torch.compile(model, backend="eager")
+    expected = compiled(x)
+    (pair,) = find_pairs(compiled, x).pairs
+    assert pair.name == "_orig_mod.first"
+    widen(compiled, gradmax_units(compiled, {pair: 2}, x, torch.zeros(2, dtype=torch.long)))
+    torch.testing.assert_close(compiled(x), expected)
 
 
 def test_pairs_may_be_named():

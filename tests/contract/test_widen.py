@@ -17,6 +17,7 @@ from normlab.growth.widen import (
     widen,
 )
 from normlab.norms.none import ChannelBias
+from normlab.optim.lookahead import Lookahead
 
 
 class Residual(nn.Module):
@@ -181,6 +182,31 @@ def test_the_optimiser_goes_on(name, kind):
     assert len(seen) == 2
 
 
+FIRST_VALUES = {
+    "lookahead": (lambda ps: Lookahead(torch.optim.SGD(ps, lr=0.1), k=5), "slow_weight", None),
+    "asgd": (lambda ps: torch.optim.ASGD(ps, lr=0.1), "ax", None),
+    "rprop": (lambda ps: torch.optim.Rprop(ps, lr=0.07), "step_size", 0.07),
+    "adagrad": (lambda ps: torch.optim.Adagrad(ps, initial_accumulator_value=0.5), "sum", 0.5),
+    "adam": (lambda ps: torch.optim.Adam(ps), "exp_avg_sq", 0.0),
+}
+
+
+@pytest.mark.parametrize(("make", "key", "value"), FIRST_VALUES.values(), ids=FIRST_VALUES)
+def test_state_for_new_weights_is_that_before_a_first_step(make, key, value):
+    model, x, y = network("dense")
+    optimizer = make(model.parameters())
+    train(model, optimizer, x, y, 3)
+    old = optimizer.state[model[0].weight][key].clone()
+    (pair,) = pairs_of(model, x)
+    widen(model, random_units({pair: 2}), [optimizer])
+    for layer, axis in ((model[0], 0), (model[2], 1)):
+        new = optimizer.state[layer.weight][key].narrow(axis, 4, 2)
+        weight = layer.weight.detach().narrow(axis, 4, 2)
+        torch.testing.assert_close(new, weight if value is None else torch.full_like(new, value))
+    assert torch.equal(optimizer.state[model[0].weight][key][:4], old)
+    train(model, optimizer, x, y, 6)
+
+
 def test_a_graph_from_before_is_still_good():
     model, x, y = network("chain")
     loss = F.cross_entropy(model(x), y)
@@ -250,14 +276,15 @@ def test_sizes_are_known_beforehand(kind):
 
 @pytest.mark.parametrize("moment", range(1, 9))
 def test_running_out_of_memory_changes_nothing(monkeypatch, moment):
-    from normlab.growth import widen as module
+    from normlab.growth import replace_tensors
+    from normlab.growth import widen as growth
 
     model, x, y = network("chain")
     optimizer = OPTIMISERS["adam"](model.parameters())
     train(model, optimizer, x, y)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     held = [id(p) for p in model.parameters()]
-    fit, calls = module.fit, []
+    fit, calls = replace_tensors.fit, []
 
     def failing(*arguments):
         calls.append(1)
@@ -265,7 +292,8 @@ def test_running_out_of_memory_changes_nothing(monkeypatch, moment):
             raise torch.OutOfMemoryError("no memory")
         return fit(*arguments)
 
-    monkeypatch.setattr(module, "fit", failing)
+    monkeypatch.setattr(replace_tensors, "fit", failing)
+    monkeypatch.setattr(growth, "fit", failing)
     with pytest.raises(torch.OutOfMemoryError):
         grow(model, x, 2, [optimizer])
     assert [id(p) for p in model.parameters()] == held

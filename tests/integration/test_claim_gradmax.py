@@ -43,6 +43,19 @@ def test_findings_about_students_go_both_ways():
     assert none[0].verdict == FAILS
 
 
+def test_random_growth_counts_by_the_mean_of_logarithms(monkeypatch):
+    def grown(model, x, y, method, generator):
+        draws.append(method)
+        return gradmax.Growth(1.0, dict.fromkeys(gradmax.RATES, (1.0, 4.0)[len(draws) % 2]))
+
+    draws = []
+    monkeypatch.setattr(gradmax, "grow_once", grown)
+    monkeypatch.setattr(gradmax, "descend", lambda *arguments: 0.0)
+    outcome = gradmax.run_seed(0)
+    assert draws.count("random") == 2 * draws.count("gradmax") == 10
+    assert outcome["random"][5].losses[0.1] == pytest.approx(2.0)
+
+
 def test_students_that_diverge_leave_the_loss_undecided():
     outcomes = made_up(2.0, 0.9)
     outcomes["random"][1][5] = gradmax.Growth(1.0, {0.1: math.inf, 0.01: math.inf})

@@ -35,6 +35,7 @@ from torch import Tensor, distributed, nn
 
 from normlab.growth.pairs import CONVOLVE, Convolution, GrowthPair
 from normlab.moments import group_of_several
+from normlab.surgery.flow import uncompiled
 
 CrossTerm = Literal["exact", "aux"]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -83,8 +84,13 @@ def observe(
     handles = []
     for pair in pairs:
 
-        def before(module: nn.Module, args: tuple[Any, ...], pair: GrowthPair = pair) -> None:
-            given[pair] = args[0].detach()
+        def before(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            named: dict[str, Any],
+            pair: GrowthPair = pair,
+        ) -> None:
+            given[pair] = (args[0] if args else named["input"]).detach()
 
         def between(module: nn.Module, args: Any, output: Tensor, pair: GrowthPair = pair) -> None:
             positions[pair] = tuple(output.shape[2:])
@@ -94,11 +100,11 @@ def observe(
             zeros[pair] = torch.zeros_like(output, requires_grad=True)
             return output + zeros[pair]
 
-        handles.append(pair.first.register_forward_pre_hook(before))
+        handles.append(pair.first.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(pair.first.register_forward_hook(between))
         handles.append(pair.second.register_forward_hook(after))
     try:
-        with _kept(model, inputs.device), torch.enable_grad():
+        with _kept(model, inputs.device), uncompiled(), torch.enable_grad():
             outputs = model(inputs)
             outputs = outputs[0] if isinstance(outputs, tuple) else outputs
             gradients = torch.autograd.grad(loss(outputs, targets), [zeros[p] for p in pairs])
@@ -220,7 +226,8 @@ def best_directions(
     """Return the first right singular vectors of a matrix, made unique, and their values.
 
     The entry of largest magnitude in each vector is positive. Vectors beyond the rank are random,
-    orthogonal to the others as long as there is space.
+    orthogonal to the others as long as there is space. A matrix that is not finite, as that of a
+    training that diverged, has rank 0.
 
     Args:
         matrix: M ``(rows, columns)``.
@@ -237,6 +244,8 @@ def best_directions(
         ([[0.0, 1.0]], [3.0])
     """
     rows, columns = matrix.shape
+    if not torch.isfinite(matrix).all():
+        matrix = torch.zeros_like(matrix)
     # The smaller Gram matrix: only a few vectors are wanted of what may be thousands.
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T if rows < columns else matrix.T @ matrix)
     values = squares.clamp_min(0).sqrt().flip(0)[:count]

@@ -128,7 +128,7 @@ CARD = Card(
         "Normalisers between layers that grow are taken out, because behind zero incoming weights "
         "they have nothing to normalise. Those elsewhere stay; a plain network has none left.",
         "Layers whose outputs are added, or read by several others, keep their width.",
-        "Methods that hold on to parameters, such as weight-rescaling, do not follow a growth.",
+        "It is refused beside weight-rescaling and bn-preconditioning, which hold on to weights.",
     ),
     departures=(
         "The cross term of convolutions is exact (cross_term=aux for the public code's).",

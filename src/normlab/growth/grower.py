@@ -18,8 +18,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from normlab.growth.grown_widths import remember_widths, remembered_widths
 from normlab.growth.pairs import GrowthPair, Pairs, clamp_relus, find_pairs
 from normlab.growth.schedule import GrowthSchedule, spread_width, units_per_growth
-from normlab.growth.widen import NewUnits, check_holds, narrow, widen
+from normlab.growth.widen import NewUnits, check_holds, check_limits, narrow, widen
 from normlab.method import Setting, Unsuitable
+from normlab.optim import bn_preconditioning, effective_lr, weight_rescaling
+from normlab.parameter_groups import GROWTH
 from normlab.surgery.snapshot import Snapshot
 
 Batch = tuple[Tensor, Tensor]
@@ -28,7 +30,15 @@ MakeUnits = Callable[
 ]
 """``(model, how many units for which pair, batch, generator) -> new units``."""
 
-KEY = "growth"
+_HOLD_ON = {
+    weight_rescaling.KEY: "weight rescaling",
+    bn_preconditioning.KEY: "BN preconditioning",
+    effective_lr.KEY: "learning-rate scaling",
+}
+"""What an optimiser's groups show of methods that hold on to parameters."""
+
+_KEEPS_NO_ENTRIES = ("Adafactor", "LBFGS", "SparseAdam")
+"""Optimisers of torch whose state is not one value for each entry of a weight."""
 
 
 class Grower:
@@ -40,7 +50,8 @@ class Grower:
 
     Args:
         model: The model, changed in place.
-        optimizer: The optimiser of its present parameters.
+        optimizer: The optimiser of its present parameters, whose steps are counted. Where there
+            are several, the one that steps last.
         pairs: The pairs that grow, as `normlab.growth.pairs.find_pairs` returns them.
         make_units: Returns the weights of new units.
         batch: Returns the batch to look at in the i-th growth; the same i, the same batch.
@@ -49,11 +60,14 @@ class Grower:
             quarter of the width before the first one, at least one unit.
         seed: Of the random draws.
         max_parameters: The most parameters that the model may have.
-        max_bytes: The most memory that one growth may take.
+        max_bytes: The most memory that the larger tensors of one growth may take, see
+            `normlab.growth.widen.growth_bytes`; what ``make_units`` takes meanwhile is its own.
+        others: The other optimisers of the model.
 
     Raises:
-        ValueError: No pairs, a second grower on one optimiser, an optimiser of other parameters,
-            or final widths below the present ones.
+        ValueError: No pairs; an optimiser with a grower, of other parameters, or whose state cannot
+            grow; a method on it that holds on to parameters; or final widths that are not one for
+            each pair, or below the present ones.
 
     Example:
         >>> from normlab.growth.new_units import gradmax_units
@@ -89,14 +103,26 @@ class Grower:
         seed: int = 0,
         max_parameters: int | None = None,
         max_bytes: int | None = None,
+        others: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
-        if not pairs or KEY in optimizer.param_groups[0]:
+        if not pairs or GROWTH in optimizer.param_groups[0]:
             raise ValueError(
                 "Grower(pairs, optimizer): expected at least one pair and an optimiser without a "
                 f"grower, got {len(pairs)} pairs and {type(optimizer).__name__}"
                 f"{' with one' if pairs else ''}; remove the other grower, or find pairs first"
             )
-        check_holds([optimizer], pairs, "Grower")
+        self.optimizers = [optimizer, *others]
+        _check_can_grow("Grower", self.optimizers)
+        check_holds(self.optimizers, pairs, "Grower")
+        if final_widths is not None:
+            present = [pair.width for pair in pairs]
+            if len(final_widths) != len(pairs) or any(
+                final < width for final, width in zip(final_widths, present, strict=True)
+            ):
+                raise ValueError(
+                    f"Grower(final_widths={list(final_widths)}): expected a width for each pair, "
+                    f"at least the present {present}, got others; give as many, and no smaller ones"
+                )
         widths = remembered_widths(model) or remember_widths(model, pairs, final_widths)
         # The model may have been changed since, or grown: the layers are the same.
         places = {pair.first: place for place, pair in enumerate(widths.pairs)}
@@ -104,15 +130,10 @@ class Grower:
             widths.start[places[pair.first]] if pair.first in places else pair.width
             for pair in pairs
         ]
-        if final_widths is not None and any(
-            final < start for final, start in zip(final_widths, self._start, strict=True)
-        ):
-            raise ValueError(
-                f"Grower(final_widths={list(final_widths)}): expected at least the widths at the "
-                f"start {self._start}, got less; give larger ones"
-            )
         widths.pairs, widths.start = list(pairs), self._start
-        widths.trained_by(optimizer)
+        for one in self.optimizers:
+            widths.trained_by(one)
+        self._widths = widths
         self.model = model
         self.optimizer = optimizer
         self.pairs = list(pairs)
@@ -123,13 +144,14 @@ class Grower:
         self.seed = seed
         self.max_parameters = max_parameters
         self.max_bytes = max_bytes
-        optimizer.param_groups[0][KEY] = {"step": 0}
+        optimizer.param_groups[0][GROWTH] = {"step": 0}
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
     def remove(self) -> None:
-        """Stop growing."""
+        """Stop growing; another grower starts from the widths that there are now."""
         self._hook.remove()
-        self.optimizer.param_groups[0].pop(KEY, None)
+        self.optimizer.param_groups[0].pop(GROWTH, None)
+        self._widths.start = [pair.width for pair in self.pairs]
 
     def widths_after(self, growths: int) -> list[int]:
         """Return the width of each pair after so many growths, from 0 to ``num_growths``."""
@@ -151,31 +173,64 @@ class Grower:
             growth: Its number, from 0.
 
         Raises:
-            ValueError: A limit would be passed; nothing is changed then.
+            ValueError: A limit would be passed, or the memory does not suffice. Nothing is changed
+                then.
         """
+        _check_can_grow("Grower.grow", self.optimizers)
         wanted = {
             pair: width - pair.width
             for pair, width in zip(self.pairs, self.widths_after(growth + 1), strict=True)
             if width > pair.width
         }
-        if wanted:
-            generator = torch.Generator().manual_seed(self.seed + growth)
+        if not wanted:
+            return
+        limits = {"max_parameters": self.max_parameters, "max_bytes": self.max_bytes}
+        # Before the search for the units as well, which takes memory itself.
+        check_limits(self.model, wanted, self.optimizers, **limits)
+        generator = torch.Generator().manual_seed(self.seed + growth)
+        try:
             units = self.make_units(self.model, wanted, self.batch(growth), generator)
-            widen(
-                self.model,
-                units,
-                [self.optimizer],
-                max_parameters=self.max_parameters,
-                max_bytes=self.max_bytes,
-            )
+            widen(self.model, units, self.optimizers, **limits)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise torch.OutOfMemoryError(
+                f"Grower.grow(growth={growth}): expected a growth by {list(wanted.values())} units "
+                f"that fits into memory, got {str(error).splitlines()[0]}; set smaller "
+                "final_widths, or a limit, max_parameters or max_bytes"
+            ) from error
 
     def _after_step(self, *_: Any) -> None:
         # Loading a checkpoint replaces the optimiser's groups, so they are read anew each time.
-        state = self.optimizer.param_groups[0].setdefault(KEY, {"step": 0})
+        state = self.optimizer.param_groups[0].setdefault(GROWTH, {"step": 0})
         state["step"] += 1
         growth = self.schedule.growth_at(state["step"])
         if growth is not None:
             self.grow(growth)
+
+
+def _check_can_grow(operation: str, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse optimisers that could not go on after a growth, or with them a method on top."""
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        if kind in _KEEPS_NO_ENTRIES and isinstance(optimizer, getattr(torch.optim, kind)):
+            raise ValueError(
+                f"{operation}(optimizer={kind}): expected an optimiser with state for each entry "
+                f"of a weight, got {kind}; use SGD, Adam or AdamW"
+            )
+        held = [name for key, name in _HOLD_ON.items() if key in optimizer.param_groups[0]]
+        if held:
+            raise ValueError(
+                f"{operation}(optimizer): expected one whose parameters may be replaced, got one "
+                f"with {held[0]}, which holds on to them; train without it, or without growth"
+            )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU's allocator has no class of error of its own.
+    text = str(error)
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "out of memory" in text or "can't allocate" in text
 
 
 def prepare_narrow(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from normlab.growth.pairs import GrowthPair
-from normlab.growth.widen import Key, fit, replace_tensors, slots, sync_sizes
+from normlab.growth.replace_tensors import Key, fit, replace_tensors
+from normlab.growth.widen import slots, sync_sizes
 
 _ATTRIBUTE = "grown_widths"
 

@@ -58,7 +58,8 @@ def norm_of_new(
         side: ``"incoming"`` or ``"outgoing"``.
 
     Raises:
-        ValueError: A value out of its range.
+        ValueError: A value out of its range, or weights there that are all 0, behind which a unit
+            with zeros on its other side would never learn.
     """
     if not scale > 0 or norm not in ("mean", "fixed"):
         name, value = ("scale", scale) if not scale > 0 else ("norm", norm)
@@ -68,7 +69,13 @@ def norm_of_new(
         )
     if norm == "fixed":
         return scale
-    return scale * vectors(pair, side).double().norm(dim=1).mean().item()
+    average = vectors(pair, side).double().norm(dim=1).mean().item()
+    if average == 0:
+        raise ValueError(
+            f"norm_of_new({pair.name}): expected {side} weights that are not all 0, got zeros, "
+            "whose mean norm would leave new units without gradient; use norm='fixed'"
+        )
+    return scale * average
 
 
 def gradmax_units(
@@ -100,7 +107,8 @@ def gradmax_units(
         The weights of new units, the same on all processes.
 
     Raises:
-        ValueError: A pair with batch normalisation or an unclamped ReLU between.
+        ValueError: A pair with batch normalisation or an unclamped ReLU between, or a count that is
+            not 1, 2, 3, ...
 
     Example:
         >>> from normlab.growth.pairs import find_pairs
@@ -111,6 +119,7 @@ def gradmax_units(
         >>> units.incoming.any().item(), units.outgoing.shape
         (False, torch.Size([2, 2]))
     """
+    _check_counts(wanted, "gradmax_units")
     for pair in wanted:
         check_grows_from_zero(pair, "gradmax_units")
     seen = observe(model, wanted, inputs, targets, loss)
@@ -148,8 +157,9 @@ def random_units(
 
     Raises:
         ValueError: ``outgoing_zero=False`` and a pair with batch normalisation or an unclamped
-            ReLU between.
+            ReLU between, or a count that is not 1, 2, 3, ...
     """
+    _check_counts(wanted, "random_units")
     side: Side = "incoming" if outgoing_zero else "outgoing"
     draw = torch.rand if positive else torch.randn
     units = {}
@@ -184,6 +194,15 @@ def units_of(
     if outgoing is not None:
         read = outgoing.to(read).view(count, second.shape[0], *pair.taps).transpose(0, 1)
     return NewUnits(made, read.contiguous())
+
+
+def _check_counts(wanted: Mapping[GrowthPair, int], operation: str) -> None:
+    for pair, count in wanted.items():
+        if count < 1 or count != int(count):
+            raise ValueError(
+                f"{operation}(wanted={{{pair.name}: {count!r}}}): expected 1, 2, 3, ... new units, "
+                f"got {count!r}; leave out pairs that do not grow"
+            )
 
 
 def check_grows_from_zero(pair: GrowthPair, operation: str) -> None:

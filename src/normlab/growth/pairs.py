@@ -2,8 +2,9 @@
 
 A unit can be added where a weight layer makes it and exactly one other weight layer reads it. What
 lies between the two must treat every unit by itself: batch normalisation, depth-wise convolutions,
-activations, dropout, pools, a flatten. This is read from one traced forward pass, and that nothing
-else reads the units is seen by differentiating, whatever operation it may be.
+activations, dropout, pools, a flatten. This is read from one traced forward pass. That nothing
+else reads the units is seen by differentiating, whatever operation it may be; that functions such
+as ``reshape`` keep units apart and follow their number, by a pass with one unit more.
 
 Departs: `clamp_relus` gives ReLUs derivative 1 at zero, where new units stand and torch takes 0.
 """
@@ -29,8 +30,9 @@ from torch.nn.modules.pooling import (
 )
 
 from normlab.growth.at_zero import FUNCTIONS, ClampReLU, at_zero
+from normlab.growth.probes import FLATTENING, follows_width, read_elsewhere
 from normlab.norms.none import ChannelBias
-from normlab.surgery.flow import Call, Flow, Operation, evaluating, trace_flow
+from normlab.surgery.flow import Call, Flow, Operation, trace_flow
 from normlab.surgery.swap import swap
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -46,7 +48,6 @@ CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 _NORMS = (_NormBase, ChannelBias)
 _POOLS = (_AvgPoolNd, _AdaptiveAvgPoolNd, _MaxPoolNd, _AdaptiveMaxPoolNd)
-_FLATTENING = ("flatten", "view", "reshape")
 _SILENT = (nn.Identity, _DropoutNd)
 
 
@@ -130,9 +131,9 @@ class GrowthPair:
                 z = _identity_convolution(step, z)
             elif isinstance(step, (*_POOLS, nn.Flatten)):
                 z = step(z)
-            elif step in _FLATTENING:
+            elif step in FLATTENING:
                 z = z.flatten(1)
-            elif step == "mean":
+            elif step == "mean" and z.dim() > 2:
                 z = z.flatten(2).mean(2)
         taps = torch.eye(self.num_taps, dtype=z.dtype, device=z.device)
         if isinstance(self.second, nn.Linear):
@@ -177,8 +178,10 @@ def find_pairs(model: nn.Module, *inputs: Any, names: Iterable[str] | None = Non
     found = Pairs([], {})
     for module, name in modules.items():
         pair = _examine(name, module, model, flow, owners)
-        if isinstance(pair, GrowthPair) and _read_elsewhere(model, inputs, pair):
+        if isinstance(pair, GrowthPair) and read_elsewhere(model, inputs, pair):
             pair = "something else takes its output, too"
+        if isinstance(pair, GrowthPair) and not follows_width(model, inputs, pair):
+            pair = "what lies behind it mixes its units, or has their number written into it"
         if isinstance(pair, GrowthPair):
             found.pairs.append(pair)
         else:
@@ -273,7 +276,7 @@ def _examine(
                 return f"{title} takes its output in a way that does not fit"
             if len(flow.of(step)) != 1 or any(owners[id(p)] > 1 for p in step.parameters()):
                 return f"{title} takes its output and serves another layer, too"
-        elif isinstance(step, (*_POOLS, nn.Flatten)) or step in (*_FLATTENING, "mean"):
+        elif isinstance(step, (*_POOLS, nn.Flatten)) or step in (*FLATTENING, "mean"):
             whole = not isinstance(step, nn.Flatten) or (step.start_dim, step.end_dim) == (1, -1)
             if isinstance(first, nn.Linear) or not whole:
                 return f"{title} takes its output in a way that does not fit"
@@ -288,12 +291,13 @@ def _pair(
     if not any(at_zero(step) for step in steps):
         return "there is no activation before the next layer"
     dense = isinstance(second, nn.Linear)
-    flattened = any(isinstance(step, nn.Flatten) or step in _FLATTENING for step in steps)
+    flattened = any(isinstance(step, nn.Flatten) or step in FLATTENING for step in steps)
     averaged = "mean" in steps
     width = first.weight.shape[0]
     if second.weight.shape[1] % width or (not dense and second.weight.shape[1] != width):
         return "the next layer does not read its units one by one"
-    if isinstance(first, nn.Linear) != dense and not (dense and (flattened or averaged)):
+    to_rows = flattened or averaged
+    if (isinstance(first, nn.Linear) != dense and not to_rows) or (to_rows and not dense):
         return "the next layer reads another axis"
     if averaged and second.weight.shape[1] != width:
         return "mean() takes its output in a way that does not fit"
@@ -338,39 +342,6 @@ def _takers(current: Call | Operation, flow: Flow, leaves: set[str]) -> list[Cal
         if operation.owner not in leaves and any(source is current for source in operation.sources)
     ]
     return [*calls, *functions]
-
-
-def _read_elsewhere(model: nn.Module, inputs: tuple[Any, ...], pair: GrowthPair) -> bool:
-    """Return whether the outputs depend on the units in another way than through the pair."""
-    units: list[Tensor] = []
-
-    def begin(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-        units.append(output.detach().requires_grad_())
-        return units[-1].clone()
-
-    handles = [
-        pair.first.register_forward_hook(begin),
-        pair.second.register_forward_hook(lambda module, given, output: output.detach()),
-    ]
-    try:
-        with evaluating(model), torch.enable_grad():
-            outputs = [one for one in _tensors(model(*inputs)) if one.requires_grad]
-            total = sum(one.double().sum() for one in outputs)
-            if not isinstance(total, Tensor) or not units:
-                return False
-            return torch.autograd.grad(total, units[0], allow_unused=True)[0] is not None
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = tuple(values.values())
-    nested = values if isinstance(values, (list, tuple)) else ()
-    return [tensor for value in nested for tensor in _tensors(value)]
 
 
 def _identity_convolution(layer: Convolution, z: Tensor) -> Tensor:

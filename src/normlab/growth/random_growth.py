@@ -115,7 +115,7 @@ CARD = Card(
     limits=(
         "Normalisers between layers that grow are taken out, as for GradMax (keep_norms=true).",
         "Layers whose outputs are added, or read by several others, keep their width.",
-        "Methods that hold on to parameters, such as weight-rescaling, do not follow a growth.",
+        "It is refused beside weight-rescaling and bn-preconditioning, which hold on to weights.",
     ),
     departures=("Directions are Gaussian, not positive uniform (positive=true).",),
 )

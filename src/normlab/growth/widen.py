@@ -12,17 +12,15 @@ the optimiser stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from normlab.growth.pairs import Convolution, GrowthPair, centre
+from normlab.growth.replace_tensors import Key, buffers_of, check_state, fit, like, replace_tensors
 from normlab.parameter_groups import check_held
-
-Key = tuple[nn.Module, str]
-"""A parameter or buffer: the module that registers it, and its name there."""
 
 
 class NewUnits(NamedTuple):
@@ -102,8 +100,9 @@ def widen(
     """Add units to pairs of layers; what lies between grows as the identity.
 
     Biases of new units are 0, normalisers have gain 1, shift 0, running mean 0 and variance 1, and
-    depth-wise kernels are 1 in the middle. Entries of the optimisers' state for new weights are 0,
-    all others are kept, as are the groups.
+    depth-wise kernels are 1 in the middle. The optimisers' groups and state are kept; entries for
+    new weights are what a first step finds: 0, the weight itself in averages and slow copies of it,
+    the initial value of Adagrad, the rate of Rprop.
 
     Args:
         model: The model of the pairs, changed in place.
@@ -136,6 +135,37 @@ def widen(
         check_state(optimizer)
     if optimizers:
         check_holds(optimizers, growths, "widen")
+    check_limits(model, counts, optimizers, max_parameters=max_parameters, max_bytes=max_bytes)
+    planned: dict[Key, Tensor] = {}
+    for pair, units in growths.items():
+        for slot in slots(pair):
+            old = planned.get(slot.key, slot.tensor)
+            planned[slot.key] = _grown(old, slot, units)
+    replace_tensors(planned, optimizers)
+    for pair in growths:
+        sync_sizes(pair)
+
+
+def check_limits(
+    model: nn.Module,
+    counts: Mapping[GrowthPair, int],
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    *,
+    max_parameters: int | None = None,
+    max_bytes: int | None = None,
+) -> None:
+    """Refuse a growth beyond a limit, before anything is computed for it.
+
+    Args:
+        model: The model.
+        counts: For each pair the number of new units.
+        optimizers: Optimisers of its parameters.
+        max_parameters: The most parameters that the model may have after it.
+        max_bytes: The most memory that the growth may take, see `growth_bytes`.
+
+    Raises:
+        ValueError: In the form of the house.
+    """
     total = sum(p.numel() for p in model.parameters()) + added_parameters(counts)
     if max_parameters is not None and total > max_parameters:
         raise ValueError(
@@ -148,14 +178,6 @@ def widen(
             f"widen(max_bytes={max_bytes}): expected a growth that takes at most {max_bytes} "
             f"bytes, got one of {needed}; add fewer units or raise the limit"
         )
-    planned: dict[Key, Tensor] = {}
-    for pair, units in growths.items():
-        for slot in slots(pair):
-            old = planned.get(slot.key, slot.tensor)
-            planned[slot.key] = _grown(old, slot, units)
-    replace_tensors(planned, optimizers)
-    for pair in growths:
-        sync_sizes(pair)
 
 
 def narrow(pair: GrowthPair, width: int) -> None:
@@ -181,7 +203,7 @@ def narrow(pair: GrowthPair, width: int) -> None:
     for slot in slots(pair):
         old = slot.tensor
         kept = old.narrow(slot.dim, 0, width * slot.per_unit)
-        planned[slot.key] = _like(old, kept.shape).copy_(
+        planned[slot.key] = like(old, kept.shape).copy_(
             kept * factor if slot.fill == "outgoing" else kept
         )
     replace_tensors(planned)
@@ -216,58 +238,9 @@ def growth_bytes(
         old = getattr(module, name)
         sizes = [old.element_size()]
         for optimizer in optimizers:
-            sizes += [value.element_size() for value in _buffers(optimizer, old).values()]
+            sizes += [value.element_size() for value in buffers_of(optimizer, old).values()]
         total += math.prod(shape) * sum(sizes)
     return total
-
-
-def replace_tensors(
-    tensors: Mapping[Key, Tensor], optimizers: Iterable[torch.optim.Optimizer] = ()
-) -> None:
-    """Put tensors in the place of parameters and buffers, in modules and optimisers.
-
-    The optimisers' groups and their order stay; state in a parameter's shape is cut or filled with
-    zeros to the new one, all other state is kept.
-
-    Args:
-        tensors: The new values by module and name.
-        optimizers: Optimisers that may hold the old parameters.
-    """
-    optimizers = tuple(optimizers)
-    parameters: dict[nn.Parameter, nn.Parameter] = {}
-    states: list[tuple[torch.optim.Optimizer, nn.Parameter, dict[str, Any]]] = []
-    for (module, name), tensor in tensors.items():
-        old = module._parameters.get(name)
-        if old is None:
-            continue
-        parameters[old] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        for optimizer in optimizers:
-            if old in optimizer.state:
-                buffers = _buffers(optimizer, old).items()
-                fitted = {kind: fit(value, tensor.shape) for kind, value in buffers}
-                states.append((optimizer, old, {**optimizer.state[old], **fitted}))
-    # From here on nothing takes memory or can fail.
-    for (module, name), tensor in tensors.items():
-        if name in module._parameters:
-            old = module._parameters[name]
-            assert old is not None
-            module._parameters[name] = parameters[old]
-        else:
-            module._buffers[name] = tensor
-    for optimizer, old, state in states:
-        del optimizer.state[old]
-        optimizer.state[parameters[old]] = state
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [parameters.get(one, one) for one in group["params"]]
-
-
-def fit(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return values cut, or filled with zeros at the ends, to a shape of as many dimensions."""
-    result = _like(values, shape)
-    common = tuple(slice(0, min(one, two)) for one, two in zip(values.shape, shape, strict=True))
-    result[common] = values[common]
-    return result
 
 
 def sync_sizes(pair: GrowthPair) -> None:
@@ -299,33 +272,6 @@ def check_holds(
     check_held(operation, (one for one in found if one is not None), *optimizers)
 
 
-def check_state(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimiser whose state is not in the shape of its parameters.
-
-    Raises:
-        ValueError: In the form of the house.
-    """
-    for parameter, state in optimizer.state.items():
-        values = state.values() if isinstance(parameter, Tensor) else ()
-        for value in values:
-            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
-                raise ValueError(
-                    f"widen(optimizer={type(optimizer).__name__}): expected state with one value "
-                    f"for each entry of a parameter, got shape {tuple(value.shape)} for "
-                    f"{tuple(parameter.shape)}; use SGD, Adam or AdamW"
-                )
-
-
-def _buffers(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """Return the state of a parameter that has one value for each of its entries."""
-    state = optimizer.state.get(parameter, {})
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.dim() == parameter.dim() > 0
-    }
-
-
 def _planned_shapes(counts: Mapping[GrowthPair, int]) -> dict[Key, list[int]]:
     shapes: dict[Key, list[int]] = {}
     for pair, count in counts.items():
@@ -354,14 +300,6 @@ def _grown(old: Tensor, slot: Slot, units: NewUnits) -> Tensor:
     else:
         added.fill_(slot.fill)
     return new
-
-
-def _like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return zeros of another shape, with type, device and memory layout of a tensor."""
-    zeros = tensor.new_zeros(tuple(shape))
-    if tensor.dim() == 4 and not tensor.is_contiguous():
-        return zeros.contiguous(memory_format=torch.channels_last)
-    return zeros
 
 
 def _check_shapes(growths: Mapping[GrowthPair, NewUnits]) -> None:

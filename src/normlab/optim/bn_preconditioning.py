@@ -31,10 +31,11 @@ from normlab.moments import wide
 from normlab.optim.bare_network import take_out_batch_norms
 from normlab.optim.input_moments import InputMoments, InputWatcher, Layer, group_layers
 from normlab.optim.preconditioner import Preconditioner, precondition_
+from normlab.parameter_groups import check_no_growth
 
 Statistics = Literal["moments", "batch"]
 
-_KEY = "bn_preconditioning"
+KEY = "bn_preconditioning"
 
 
 class BatchNormPreconditioner:
@@ -107,9 +108,10 @@ class BatchNormPreconditioner:
             _require(0 <= value < math.inf, name, value, "a number of at least 0")
         known = statistics in ("moments", "batch")
         _require(known, "statistics", statistics, "'moments' or 'batch'")
-        free = _KEY not in optimizer.param_groups[0]
+        free = KEY not in optimizer.param_groups[0]
         kind = type(optimizer).__name__
         _require(free, "optimizer", kind, "one without a preconditioner")
+        check_no_growth("BatchNormPreconditioner", optimizer)
         held = [p for group in optimizer.param_groups for p in group["params"]]
         self.optimizer = optimizer
         self.momentum, self.relative_eps, self.eps = momentum, relative_eps, eps
@@ -128,14 +130,14 @@ class BatchNormPreconditioner:
         self._plan()
         self._edited = False
         self._noted: set[int] = set()
-        self._checked = optimizer.param_groups[0][_KEY] = self._initial_state()
+        self._checked = optimizer.param_groups[0][KEY] = self._initial_state()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
         """Stop; the model is left without a trace."""
         self._hook.remove()
         self._watcher.remove()
-        self.optimizer.param_groups[0].pop(_KEY, None)
+        self.optimizer.param_groups[0].pop(KEY, None)
 
     @torch.no_grad()
     def precondition_(self) -> None:
@@ -259,7 +261,7 @@ class BatchNormPreconditioner:
 
     def _state(self) -> dict[str, Any]:
         """Return the statistics; loading a checkpoint replaces the optimiser's groups."""
-        state = self.optimizer.param_groups[0].setdefault(_KEY, {})
+        state = self.optimizer.param_groups[0].setdefault(KEY, {})
         if state is not self._checked:
             fresh = self._initial_state()
             if not state:

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from normlab.parameter_groups import Group
+from normlab.parameter_groups import Group, check_no_growth
 from normlab.surgery.scale_free import ScaleFreeWeight
+
+KEY = "reference_square_norm"
 
 
 class LearningRateScaling:
@@ -28,16 +30,20 @@ class LearningRateScaling:
         optimizer: The optimiser; parameters that should keep their rate need groups of their own.
         weights: What `find_scale_free_weights` found. Their norms now are the reference, kept in
             the groups of the optimiser.
+
+    Raises:
+        ValueError: The network grows under the optimiser.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, weights: Sequence[ScaleFreeWeight]
     ) -> None:
+        check_no_growth("LearningRateScaling", optimizer)
         self._weights = [weight.weight for weight in weights]
         self._rates: dict[int, Any] = {}
         for group in optimizer.param_groups:
             if square := self._square_norm(group):
-                group["reference_square_norm"] = square
+                group[KEY] = square
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -48,11 +54,9 @@ class LearningRateScaling:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for i, group in enumerate(optimizer.param_groups):
-            if "reference_square_norm" in group:
+            if KEY in group:
                 self._rates[i] = group["lr"]
-                group["lr"] = (
-                    group["lr"] * self._square_norm(group) / group["reference_square_norm"]
-                )
+                group["lr"] = group["lr"] * self._square_norm(group) / group[KEY]
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for i, rate in self._rates.items():

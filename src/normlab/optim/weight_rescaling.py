@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
-from normlab.parameter_groups import Group, split_groups
+from normlab.parameter_groups import Group, check_no_growth, split_groups
 from normlab.surgery.scale_free import (
     Findings,
     Granularity,
@@ -37,7 +37,7 @@ from normlab.surgery.scale_free import (
     unit_norms,
 )
 
-_KEY = "weight_rescaling"
+KEY = "weight_rescaling"
 
 
 @torch.no_grad()
@@ -146,7 +146,8 @@ class WeightRescaler:
         plain = isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))
         valid, kind = plain or not rescale_state, type(optimizer).__name__
         _require(valid, name, "optimizer", kind, "SGD, Adam or AdamW for rescale_state=True")
-        _require(_KEY not in first, name, "optimizer", kind, "one without a rescaler")
+        _require(KEY not in first, name, "optimizer", kind, "one without a rescaler")
+        check_no_growth(name, optimizer)
         decay = {id(p): g.get("weight_decay") for g in optimizer.param_groups for p in g["params"]}
         self.optimizer = optimizer
         self.weights = [weight for weight in weights if id(weight.weight) in decay]
@@ -161,9 +162,9 @@ class WeightRescaler:
                 stacklevel=2,
             )
         self._targets = [weight.group_norms() for weight in self.weights]
-        first[_KEY] = {"step": 0}
+        first[KEY] = {"step": 0}
         if target_norm == "init":
-            first[_KEY]["targets"] = self._targets
+            first[KEY]["targets"] = self._targets
         else:
             for weight, target in zip(self.weights, self._targets, strict=True):
                 target.fill_(float(target_norm) * math.sqrt(weight.group_size()))
@@ -172,10 +173,10 @@ class WeightRescaler:
     def remove(self) -> None:
         """Stop rescaling."""
         self._hook.remove()
-        self.optimizer.param_groups[0].pop(_KEY, None)
+        self.optimizer.param_groups[0].pop(KEY, None)
 
     def _after_step(self, *_: Any) -> None:
-        state = self.optimizer.param_groups[0].setdefault(_KEY, {"step": 0})
+        state = self.optimizer.param_groups[0].setdefault(KEY, {"step": 0})
         state["step"] += 1
         if state["step"] % self.every == 0:
             self.rescale()
@@ -184,7 +185,7 @@ class WeightRescaler:
     def rescale(self) -> None:
         """Rescale now, whatever the step."""
         # Loading a checkpoint replaces the optimiser's groups, so they are read anew each time.
-        state = self.optimizer.param_groups[0].get(_KEY, {})
+        state = self.optimizer.param_groups[0].get(KEY, {})
         all_targets = state.get("targets", self._targets)
         all_norms = [weight.group_norms() for weight in self.weights]
         tensors: list[Tensor] = []

@@ -8,8 +8,9 @@ B. Any control flow is allowed; nothing is traced symbolically.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -105,8 +106,8 @@ class Flow:
 def trace_flow(model: nn.Module, *inputs: Any) -> Flow:
     """Run ``model`` once and return which module's output went into which.
 
-    The pass runs in evaluation mode without gradients; hooks and modes are restored, also when
-    the model raises.
+    The pass runs in evaluation mode without gradients, what is compiled as it was written; hooks
+    and modes are restored, also when the model raises.
 
     Args:
         model: Any module.
@@ -124,11 +125,19 @@ def trace_flow(model: nn.Module, *inputs: Any) -> Flow:
     recorder = _Recorder(model)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(uncompiled())
         stack.enter_context(recorder.hooked())
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
         model(*inputs)
     return Flow(tuple(recorder.calls), tuple(recorder.operations))
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run what is compiled as it was written, so that hooks see every call."""
+    # Where nothing was compiled, to ask would load the compiler.
+    compiles = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 @contextmanager

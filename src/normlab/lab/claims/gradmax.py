@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,8 @@ GAIN = Bound(
     direction="at least",
     threshold=1.5,
     unit="times",
-    reason="The authors' notebook stores 1.6 to 2.5 times; less than one and a half would not be "
-    "what it shows.",
+    reason="The authors' notebook stores 1.6 to 2.5 times the best of several random growths; less "
+    "than one and a half times their mean would not be what it shows.",
 )
 
 LOSS = Bound(
@@ -68,11 +68,12 @@ NO_WORSE = Bound(
 )
 
 WIDTHS = (5, 6, 7, 8, 9)
-SEEDS = tuple(range(10))
+SEEDS = tuple(range(20))
 DRAWS = 2
-"""Random growths from each checkpoint; their mean counts."""
+"""Random growths from each checkpoint; the mean of their gains and that of their losses' logarithms
+count, as one growth's do for GradMax."""
 
-RATES = (0.01, 0.03, 0.1)
+RATES = (0.03, 0.1, 0.2, 0.3)
 """Of the steps after growth, the same for both methods; each has the best of its own."""
 
 SAMPLES, INPUTS, HIDDEN, OUTPUTS = 1000, 20, 10, 10
@@ -85,7 +86,7 @@ class Growth:
 
     Attributes:
         gain: The norm of the gradient of all parameters after growth, minus that before.
-        losses: The loss 500 steps later, by learning rate.
+        losses: The loss 500 steps later, by learning rate; of several growths the geometric mean.
     """
 
     gain: float
@@ -190,9 +191,13 @@ def run_seed(seed: int) -> dict[str, dict[int, Growth]]:
         drawn = [grow_once(model, x, y, "random", generator) for _ in range(DRAWS)]
         outcome["random"][width] = Growth(
             sum(one.gain for one in drawn) / DRAWS,
-            {lr: sum(one.losses[lr] for one in drawn) / DRAWS for lr in RATES},
+            {lr: _geometric_mean([one.losses[lr] for one in drawn]) for lr in RATES},
         )
     return outcome
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def measure_students(runs: Mapping[str, RunRecord]) -> list[Finding]:
@@ -315,8 +320,8 @@ CLAIM = Claim(
     statement="Among ways of growing that keep the function of a network, new units chosen by "
     "singular vectors get a larger gradient than random ones and lead to a lower loss soon after.",
     budget={
-        "small": "150 growths of small students with 1,500 steps each, and 12 trials of 256 steps: "
-        "about 5 minutes on one core",
+        "small": "300 growths of small students with 2,000 steps each, and 12 trials of 256 steps: "
+        "about 10 minutes on one core",
         "paper": "the same students, and 10 trials of 200 epochs of CIFAR-10: about a day on one "
         "GPU",
     },
@@ -324,8 +329,12 @@ CLAIM = Claim(
         "small": (
             "The notebook's inputs, optimiser and rates could not be read: 1,000 Gaussian samples "
             "of 20 values, gradient descent on all of them, 500 steps before growth, and the best "
-            "of three rates for either method.",
-            "Random growth is the mean of two draws from each checkpoint.",
+            "of four rates for either method.",
+            "Random growth is the mean of two draws from each checkpoint, where the notebook keeps "
+            "the best of several.",
+            "A first run, whose line stays in the ledger, took the logarithm of the mean loss of "
+            "the draws, which is never below the mean of the logarithms and so favoured GradMax, "
+            "half the seeds, and rates up to the one that both methods chose. Bounds are the same.",
             "A residual network of 8 layers on 2,000 images of Fashion-MNIST, not WRN-28-1 on "
             "CIFAR-10; 12 growths between 20 and 70 % of training.",
         ),

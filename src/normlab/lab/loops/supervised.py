@@ -43,6 +43,9 @@ CHECKPOINT_SHARE = 0.02
 
 EVALUATION_BATCH = 500
 
+AUXILIARY_WEIGHT = 0.4
+"""What the loss of an auxiliary head counts beside the first's, as in the Inception networks."""
+
 
 class Interrupted(Exception):
     """The user asked to stop; a checkpoint was written."""
@@ -207,10 +210,7 @@ def _step(loop: Loop, forward: nn.Module, step: int, inputs: Tensor, targets: Te
 
 
 def loss_of(
-    outputs: Tensor | tuple[Tensor, ...],
-    targets: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    auxiliary_weight: float = 0.4,
+    outputs: Tensor | tuple[Tensor, ...], targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Return the loss of a model's training output, auxiliary heads included.
 
@@ -218,12 +218,11 @@ def loss_of(
         outputs: Logits, or a tuple of logits and those of auxiliary heads, as Inception's.
         targets: The targets of all of them.
         loss: The loss of one head.
-        auxiliary_weight: What an auxiliary head's loss counts beside the first's.
     """
     if isinstance(outputs, Tensor):
         return loss(outputs, targets)
     main, *others = outputs
-    return loss(main, targets) + sum(auxiliary_weight * loss(other, targets) for other in others)
+    return loss(main, targets) + sum(AUXILIARY_WEIGHT * loss(other, targets) for other in others)
 
 
 def _same(ones: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> bool:
