@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 
 from normlab.activations import elementwise
@@ -100,7 +101,9 @@ def find_method(text: str, besides: tuple[str, ...] = ()) -> Method:
         >>> find_method("filter-response-norm").card.source.arxiv
         '1911.09737'
     """
-    return compose(_find_one(part.strip(), besides) for part in text.split("+"))
+    # The plus of a number's exponent, 1e+3, is none between methods.
+    parts = re.split(r"(?<!\d[eE])\+", text)
+    return compose(_find_one(part.strip(), besides) for part in parts)
 
 
 def _find_one(text: str, besides: tuple[str, ...]) -> Method:
@@ -108,10 +111,10 @@ def _find_one(text: str, besides: tuple[str, ...]) -> Method:
     methods = {method.card.name: method for method in METHODS}
     if name not in methods:
         known = [*methods, *besides]
-        near = get_close_matches(name, known, n=1, cutoff=0.0)
+        near = get_close_matches(name.lower(), known, n=1, cutoff=0.4)
         raise ValueError(
             f"method({name!r}): expected one of {', '.join(known)}; got {name!r}; "
-            f"do you mean {near[0]!r}?"
+            f"{f'do you mean {near[0]!r}?' if near else 'take one of these'}"
         )
     options = {}
     for option in filter(None, tail.split(",")):

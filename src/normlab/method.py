@@ -67,14 +67,17 @@ class Card:
         room: The package that holds it.
         source: The paper; None for the absence of a method.
         batch_statistics: Whether a sample's training output depends on the rest of its batch.
-        batch_of_one: ``"trains"``; ``"needs space"`` where a single sample must have more than one
-            position per channel; ``"refuses"``.
+        batch_of_one: ``"as the model"`` where the method leaves the model's layers as they are;
+            ``"trains"``; ``"needs space"`` where a single sample must have more than one position
+            per channel; ``"refuses"``.
         eval_differs: Whether evaluation computes another function than training.
         keeps_evaluation: Whether a prepared model computes in evaluation mode what it did before,
             so that a trained network may be converted without loss.
         stochastic: Whether the method draws random numbers in training.
         needs_closure: Whether a step takes more than one pass, so that ``optimizer.step`` has to
             be given a closure that runs forward and backward anew and returns the loss.
+        replaces_optimizer: Whether its optimiser stands in the place of the task's, and does not
+            act on that one.
         state: What it adds to a checkpoint beyond weights, in words.
         best_for: Whom it helps.
         limits: Where it does not fit or did not help.
@@ -87,11 +90,12 @@ class Card:
     room: Room
     source: Source | None
     batch_statistics: bool = False
-    batch_of_one: Literal["trains", "needs space", "refuses"] = "trains"
+    batch_of_one: Literal["as the model", "trains", "needs space", "refuses"] = "trains"
     eval_differs: bool = False
     keeps_evaluation: bool = False
     stochastic: bool = False
     needs_closure: bool = False
+    replaces_optimizer: bool = False
     state: tuple[str, ...] = ()
     best_for: str = ""
     limits: tuple[str, ...] = ()
@@ -215,15 +219,24 @@ class Method:
         chosen = ",".join(f"{name}={value}" for name, value in sorted(self.options.items()))
         return f"{self.card.name}:{chosen}" if chosen else self.card.name
 
+    @property
+    def changes_model(self) -> bool:
+        """Whether it, or a method in it, acts on the model before training."""
+        return any(part.prepare is not _keep_model for part in self.parts or (self,))
+
     def defaults(self) -> dict[str, Any]:
         """Return each option with its default, read from the signatures of the parts."""
         return {name: option.default for name, option in self._declared().items()}
 
     def _declared(self) -> dict[str, inspect.Parameter]:
+        functions = (getattr(self, part) for part in _PARTS)
         return {
             name: parameter
-            for part in _PARTS
-            for name, parameter in inspect.signature(getattr(self, part)).parameters.items()
+            for function in functions
+            # An option that was set stands in a partial; its own default is the function's.
+            for name, parameter in inspect.signature(
+                function.func if isinstance(function, partial) else function
+            ).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
@@ -260,8 +273,9 @@ class Method:
             mine = {name: value for name, value in values.items() if name in takes}
             if mine:
                 bound[part] = partial(function, **mine)
-        kept = {name: value for name, value in values.items() if value != defaults[name]}
-        return replace(self, **bound, options={**self.options, **kept})
+        chosen = {**self.options, **values}
+        kept = {name: value for name, value in chosen.items() if value != defaults[name]}
+        return replace(self, **bound, options=kept)
 
     def __add__(self, other: Method) -> Method:
         """Compose two methods: this one first, then ``other``."""
@@ -271,6 +285,10 @@ class Method:
 def compose(methods: Iterable[Method]) -> Method:
     """Return one method that applies several in order.
 
+    Optimisers are nested as they work together, whatever the order: one that replaces the task's
+    is made first, and the others act on it; one that needs a closure is made last, because those
+    inside it step without.
+
     Args:
         methods: At least one method, each at most once.
 
@@ -278,7 +296,8 @@ def compose(methods: Iterable[Method]) -> Method:
         The composed method; its card is the first one's with the joint name.
 
     Raises:
-        ValueError: A method is named twice, or there is none.
+        ValueError: A method is named twice, there is none, or two of them replace the task's
+            optimiser or need a closure.
     """
     parts = tuple(methods)
     names = [part.card.name for part in parts]
@@ -289,6 +308,19 @@ def compose(methods: Iterable[Method]) -> Method:
         )
     if len(parts) == 1:
         return parts[0]
+    for fact, what in (
+        ("replaces_optimizer", "method in place of the task's optimiser"),
+        ("needs_closure", "method whose step takes several passes"),
+    ):
+        several = [part.card.name for part in parts if getattr(part.card, fact)]
+        if len(several) > 1:
+            raise ValueError(
+                f"compose({'+'.join(names)}): expected at most one {what}, got "
+                f"{' and '.join(several)}; keep one of them"
+            )
+    inside_out = sorted(
+        parts, key=lambda part: part.card.needs_closure - part.card.replaces_optimizer
+    )
 
     def prepare(model: nn.Module, setting: Setting) -> nn.Module:
         return reduce(lambda changed, part: part.prepare(changed, setting), parts, model)
@@ -306,7 +338,7 @@ def compose(methods: Iterable[Method]) -> Method:
     def optimizer(
         groups: list[Group], make: Callable[[list[Group]], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
-        for part in parts:
+        for part in inside_out:
             make = partial(part.optimizer, make=make)
         return make(groups)
 
@@ -319,9 +351,8 @@ def compose(methods: Iterable[Method]) -> Method:
         return reduce(torch.add, terms) if terms else None
 
     cards = [part.card for part in parts]
-    batch_of_one = max(
-        (card.batch_of_one for card in cards), key=("trains", "needs space", "refuses").index
-    )
+    ranks = ("as the model", "trains", "needs space", "refuses")
+    batch_of_one = max((card.batch_of_one for card in cards), key=ranks.index)
     card = replace(
         cards[0],
         name="+".join(names),
@@ -333,6 +364,7 @@ def compose(methods: Iterable[Method]) -> Method:
         keeps_evaluation=all(card.keeps_evaluation for card in cards),
         stochastic=any(card.stochastic for card in cards),
         needs_closure=any(card.needs_closure for card in cards),
+        replaces_optimizer=any(card.replaces_optimizer for card in cards),
         state=tuple(state for card in cards for state in card.state),
     )
     return Method(
@@ -374,7 +406,8 @@ def _read_value(method: str, name: str, value: Any, option: inspect.Parameter) -
                     pass
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if wanted is not None and not isinstance(value, wanted):
+    truth = isinstance(value, bool) and wanted is not bool  # Python counts it among the integers
+    if wanted is not None and (truth or not isinstance(value, wanted)):
         raise ValueError(
             f"{method}({name}={value!r}): expected a value like the default {default!r}, got "
             f"{type(value).__name__}; give {_article(wanted.__name__)}"

@@ -31,8 +31,9 @@ def split_groups(groups: list[Group], chosen: Iterable[Tensor], **changes: Any) 
     wanted = {id(parameter) for parameter in chosen}
     result = []
     for group in groups:
-        kept = [parameter for parameter in group["params"] if id(parameter) not in wanted]
-        moved = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        parameters = list(group["params"])  # torch takes a generator as well
+        kept = [parameter for parameter in parameters if id(parameter) not in wanted]
+        moved = [parameter for parameter in parameters if id(parameter) in wanted]
         if kept:
             result.append({**group, "params": kept})
         if moved:

@@ -78,12 +78,23 @@ def test_only_the_last_micro_batch_exchanges_gradients():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"index": 2}, {"index": -1}, {"count": 3}, {"total": 3}, {"count": 0, "total": 0}]
+    ("wrong", "expected"),
+    [
+        ({"index": 2}, "an index from 0 to 1"),
+        ({"index": -1}, "an index from 0 to 1"),
+        ({"num_batches": 0}, "1, 2, 3, ..."),
+        ({"num_batches": "x"}, "1, 2, 3, ..."),
+        ({"count": 3}, "a count of at least 0 within a total"),
+        ({"total": 3}, "a count of at least 0 within a total"),
+        ({"count": 0, "total": 0}, "a count of at least 0 within a total"),
+        ({"count": -5, "total": 2}, "a count of at least 0 within a total"),
+        ({"count": 3, "total": 2}, "a count of at least 0 within a total"),
+    ],
 )
-def test_misuse_is_refused(wrong):
+def test_misuse_is_refused(wrong, expected):
     arguments = {"index": 0, "num_batches": 2} | wrong
     with (
-        pytest.raises(ValueError, match=r"accumulate\(.*expected .*, got .*; "),
+        pytest.raises(ValueError, match=rf"accumulate\(.*expected {expected}.*, got .*; "),
         accumulate(network(), **arguments),
     ):
         pass

@@ -10,7 +10,10 @@ from torch import nn
 
 from normlab.lab.models import build_model
 from normlab.method import Setting
+from normlab.optim.asam import ASAM
 from normlab.optim.batch_growth import METHOD, BatchGrowth, grown_batch_size
+from normlab.optim.lookahead import Lookahead
+from normlab.optim.sam import SAM
 from normlab.testing import METHOD_CHECKS, MethodCase
 
 KEY = "batch_growth"
@@ -181,14 +184,14 @@ def test_a_schedule_of_torch_drives_it():
     assert copy.deepcopy(growth).param_groups[0][KEY]["batches"] == 2
 
 
-@pytest.mark.parametrize("cap", [0, 1.5, None])
+@pytest.mark.parametrize("cap", [0, 1.5, None, "2"])
 def test_wrong_caps_are_refused(cap):
     with pytest.raises(ValueError, match=r"max_batches=.*expected .*, got .*; "):
         BatchGrowth(example()[1], cap)
 
 
 def test_a_second_one_is_refused():
-    with pytest.raises(ValueError, match="wrap it once"):
+    with pytest.raises(ValueError, match="without a BatchGrowth, got BatchGrowth with one"):
         BatchGrowth(BatchGrowth(example()[1], 2))
 
 
@@ -218,3 +221,53 @@ def test_the_cap_is_a_share_of_the_epoch():
     assert said == ["up to 3 batches make one step as the learning rate falls"]
     with pytest.raises(ValueError, match="max_share"):
         METHOD.with_options(max_share=2.0).parameter_groups([], model, setting)
+
+
+@pytest.mark.parametrize("kind", [SAM, ASAM, torch.optim.LBFGS])
+@pytest.mark.parametrize("between", [lambda base: base, Lookahead], ids=["bare", "wrapped"])
+def test_what_needs_a_closure_cannot_grow(kind, between):
+    model, base = example()
+    needy = kind(model.parameters()) if kind is torch.optim.LBFGS else kind(base)
+    with pytest.raises(
+        ValueError, match=f"BatchGrowth.*needs no closure, got {kind.__name__}; let"
+    ):
+        BatchGrowth(between(needy), 2)
+    with pytest.raises(ValueError, match="expected an optimiser to wrap, got 'list'"):
+        BatchGrowth(list(model.parameters()), 2)
+
+
+def test_sam_around_it_grows():
+    model, base = example()
+    train(model, SAM(BatchGrowth(base, 4)), [0.1, 0.05, 0.05], closure=True)
+    assert base.param_groups[0][KEY]["batches"] == 0
+
+
+def test_the_highest_rate_is_that_of_a_warm_up_too():
+    model, optimizer = example()
+    expected = plainly(model, optimizer, [(0.02, 1), (0.06, 1), (0.06, 2)])
+    model, optimizer = example()
+    actual = train(model, BatchGrowth(optimizer, 8), [0.02, 0.06, 0.03, 0.03])
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_refused_cap_leaves_the_optimiser_free():
+    optimizer = example()[1]
+    with pytest.raises(ValueError, match="max_batches='8'") as kept:
+        BatchGrowth(optimizer, "8")
+    assert BatchGrowth(optimizer, 8).param_groups[0][KEY]["batches"] == 0
+    assert kept.type is ValueError
+
+
+def test_it_may_be_built_after_the_checkpoint_is_loaded():
+    rates = [0.06] * 2 + [0.02] * 6
+    model, base = example(**OPTIMIZERS["sgd"][1])
+    growth = BatchGrowth(base, 8)
+    train(model, growth, rates[:4])
+    saved = copy.deepcopy((model.state_dict(), growth.state_dict()))
+    expected = train(model, growth, rates[4:], start=4)
+    model, base = example(**OPTIMIZERS["sgd"][1])
+    model.load_state_dict(saved[0])
+    base.load_state_dict(saved[1])
+    assert same(train(model, BatchGrowth(base, 8), rates[4:], start=4), expected)
+    with pytest.raises(ValueError, match="without a BatchGrowth"):
+        BatchGrowth(growth, 8)

@@ -1,5 +1,6 @@
 """Rates that move directions alike at different norms, by training in float64 side by side."""
 
+import copy
 import math
 
 import pytest
@@ -47,3 +48,50 @@ def test_equilibrium_of_growth_and_decay():
     norm = equilibrium_norm(lr, decay, gradient)
     assert math.sqrt(square) == pytest.approx(norm, rel=1e-3)
     assert equivalent_lr(lr, norm) == pytest.approx(math.sqrt(2 * lr * decay) / gradient)
+
+
+def scaling(run, lr=0.3):
+    optimizer = torch.optim.SGD([run.weight], lr=lr)
+    return optimizer, find_scale_free_weights(run.model, run.x).weights
+
+
+def test_a_step_that_raises_leaves_the_rate():
+    run = Training(units=1)
+    optimizer, weights = scaling(run)
+    LearningRateScaling(optimizer, weights)
+    run.directions(optimizer, 3)
+
+    def failing():
+        raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            optimizer.step(failing)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+
+
+def test_it_may_be_built_after_the_checkpoint_is_loaded_but_not_twice():
+    run = Training(units=1)
+    optimizer, weights = scaling(run)
+    LearningRateScaling(optimizer, weights)
+    run.directions(optimizer, 3)
+    with pytest.raises(ValueError, match="without a LearningRateScaling"):
+        LearningRateScaling(optimizer, weights)
+    resumed = copy.deepcopy(run)
+    other, weights = scaling(resumed)
+    other.load_state_dict(optimizer.state_dict())
+    LearningRateScaling(other, weights)
+    assert torch.equal(resumed.directions(other), run.directions(optimizer))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: equivalent_lr(0.1, 0.0),
+        lambda: equivalent_lr(0.1, 1.0, -1.0),
+        lambda: equilibrium_norm(0.1, 0.0, 1.0),
+    ],
+)
+def test_wrong_norms_and_decays_are_refused(call):
+    with pytest.raises(ValueError, match=r"\(.*\): expected a number above 0, got .*; give"):
+        call()

@@ -103,12 +103,17 @@ def test_a_late_parameter_is_corrected_by_its_own_count():
         {"eps": -1.0},
         {"weight_decay": -0.1},
         {"weight_norm_clip": 0.0},
+        {"betas": (0.9,)},
+        {"betas": 0.9},
+        {"eps": "x"},
     ],
     ids=str,
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValueError, match=r"LAMB\(.*\): expected .*, got .*; "):
         LAMB(weights(), **options)
+    with pytest.raises(ValueError, match=r"LAMB\(.*\): expected .*, got .*; "):
+        LAMB([{"params": weights(), **options}])
 
 
 def test_resuming_is_equal_to_the_bit(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from normlab.method import Setting
+from normlab.optim import layer_adaptation
 from normlab.optim.lars import LARS, METHOD
 from normlab.optim.layer_adaptation import exclude_from_adaptation, excluded_parameters
 from normlab.optim.tensor_lists import tensor_norms, total_norm
@@ -133,6 +134,14 @@ def test_dtypes_of_one_group_are_treated_apart():
     ]
 
 
+def test_many_tensors_are_treated_in_portions(monkeypatch):
+    monkeypatch.setattr(layer_adaptation, "PORTION", 5)
+    parameters = weights()
+    actual = run(LARS(parameters, 3.0, 0.9, 0.01, trust_coefficient=0.02), parameters)
+    for one, other in zip(actual, by_hand(3.0, 0.9, 0.01, 0.02, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
 def test_norms():
     tensors = [torch.randn(3, 4), torch.randn(5).double(), torch.randn(7).half()]
     expected = torch.cat([one.double().flatten() for one in tensors]).norm()
@@ -172,12 +181,17 @@ def test_what_is_excluded():
         {"momentum": 1.0},
         {"weight_decay": -0.1},
         {"trust_coefficient": 0.0},
+        {"lr": "x"},
+        {"lr": float("nan")},
+        {"momentum": None},
     ],
     ids=str,
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValueError, match=r"LARS\(.*\): expected .*, got .*; "):
         LARS(weights(), **options)
+    with pytest.raises(ValueError, match=r"LARS\(.*\): expected .*, got .*; "):
+        LARS([{"params": weights(), **options}])
 
 
 def test_sparse_gradients_are_refused():
@@ -227,8 +241,7 @@ def network():
 @pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__)
 def test_contract(check):
     inputs = torch.randn(8, 2, 5, 5, generator=torch.Generator().manual_seed(0))
-    method = METHOD.with_options(trust_coefficient=0.1)
-    check(MethodCase(method, network, inputs, torch.arange(8) % 3, num_classes=3))
+    check(MethodCase(METHOD, network, inputs, torch.arange(8) % 3, num_classes=3))
 
 
 def test_the_method_says_how_large_the_steps_are():
@@ -236,6 +249,25 @@ def test_the_method_says_how_large_the_steps_are():
     setting = Setting(batches=(), lr=0.5, say=said.append)
     groups = [{"params": list(model.parameters()), "lr": 0.5, "weight_decay": 1e-4}]
     groups = METHOD.parameter_groups(groups, model, setting)
-    METHOD.attach(model, METHOD.optimizer(groups, None), setting)
-    assert said == ["at the rate 0.5 a gradient moves a weight by 0.0005 of its norm"]
+    paper = METHOD.with_options(trust_coefficient=1e-3)
+    for method in (METHOD, paper):
+        method.attach(model, method.optimizer(groups, None), setting)
+    assert said == [
+        "at the rate 0.5 a gradient moves a weight by 0.05 of its norm",
+        "at the rate 0.5 a gradient moves a weight by 0.0005 of its norm",
+    ]
     assert [group["weight_decay"] for group in groups] == [1e-4, 0.0]
+
+
+def test_the_method_at_a_rate_of_sgd_takes_the_papers_steps_at_a_hundred_times_that_rate():
+    ends = []
+    for lr, method in ((0.1, METHOD), (10.0, METHOD.with_options(trust_coefficient=1e-3))):
+        parameters = weights()
+        groups = [{"params": parameters, "lr": lr, "weight_decay": 5e-4}]
+        ends.append(run(method.optimizer(groups, None), parameters))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    bias = nn.Parameter(torch.zeros(2))
+    bias.grad = torch.ones(2)
+    METHOD.optimizer([{"params": [bias], "lr": 0.1, "weight_decay": 0.0}], None).step()
+    assert bias.tolist() == pytest.approx([-0.1, -0.1])

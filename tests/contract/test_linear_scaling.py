@@ -1,6 +1,8 @@
 """The scaling rules by their formulas, the warm-up step by step, then the contract."""
 
 import copy
+import math
+import pickle
 
 import pytest
 import torch
@@ -38,7 +40,13 @@ def test_rules():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size": 0}, {"batch_size": 1, "reference": 0}, {"batch_size": 1, "rule": "x"}]
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"batch_size": "x"},
+        {"batch_size": 1, "reference": 0},
+        {"batch_size": 1, "rule": "x"},
+    ],
 )
 def test_wrong_rules_are_refused(wrong):
     with pytest.raises(ValueError, match=r"scaled_lr\(.*\): expected .*, got .*; "):
@@ -83,7 +91,9 @@ def test_the_count_is_saved_and_removed():
     assert steps(optimizer, 1) == [1.0]
 
 
-@pytest.mark.parametrize(("count", "start"), [(0, 0.5), (1.5, 0.5), (2, 0.0), (2, 1.1)])
+@pytest.mark.parametrize(
+    ("count", "start"), [(0, 0.5), (1.5, 0.5), ("x", 0.5), (2, 0.0), (2, 1.1), (2, "x")]
+)
 @pytest.mark.parametrize("make", [WarmUp, warm_up])
 def test_wrong_rises_are_refused(make, count, start):
     with pytest.raises(ValueError, match=f"{make.__name__}.*expected .*, got .*; "):
@@ -93,8 +103,81 @@ def test_wrong_rises_are_refused(make, count, start):
 def test_a_second_one_is_refused():
     optimizer = sgd()
     WarmUp(optimizer, 2, 0.5)
-    with pytest.raises(ValueError, match="without a warm-up"):
+    with pytest.raises(ValueError, match="without a WarmUp"):
         WarmUp(optimizer, 2, 0.5)
+
+
+def failing(*_):
+    raise torch.OutOfMemoryError
+
+
+def fail(optimizer, where):
+    """Take a step that raises in the closure, or after the rates were scaled."""
+    handles = [optimizer.register_step_pre_hook(failing)] if where == "step" else []
+    arguments = {"closure": ((failing,), {}), "keyword": ((), {"closure": failing})}
+    args, kwargs = arguments.get(where, ((), {}))
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+
+
+places = pytest.mark.parametrize("where", ["closure", "keyword", "step"])
+
+
+@places
+def test_steps_that_raise_leave_the_rate_and_the_count(where):
+    optimizer = sgd()
+    warm = WarmUp(optimizer, 4, 0.2)
+    for _ in range(2):
+        fail(optimizer, where)
+    assert warm.factor == pytest.approx(0.2)
+    assert steps(optimizer, 2) == pytest.approx([0.2, 0.4])
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    fail(optimizer, where)
+    warm.remove()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+@places
+def test_a_schedule_goes_on_after_a_step_that_raised(where):
+    optimizer = sgd()
+    WarmUp(optimizer, 4, 0.2)
+    fail(optimizer, where)
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert steps(optimizer, 1) == pytest.approx([0.1])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("where", ["closure", "keyword"])
+def test_a_schedule_that_multiplies_sees_the_rate_between_steps(where):
+    optimizer = sgd()
+    schedule = CosineAnnealingLR(optimizer, 10)
+    WarmUp(optimizer, 4, 0.2)
+    fail(optimizer, where)
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * (1 + math.cos(math.pi / 10)))
+
+
+def test_a_checkpoint_after_a_step_that_raised_has_the_rate():
+    optimizer, other = sgd(), sgd()
+    WarmUp(optimizer, 4, 0.2)
+    fail(optimizer, "step")
+    other.load_state_dict(optimizer.state_dict())
+    WarmUp(other, 4, 0.2)
+    assert steps(other, 1) == pytest.approx([0.2])
+    assert other.param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_it_may_be_built_on_a_copy_or_after_the_checkpoint_is_loaded(again):
+    optimizer = sgd()
+    WarmUp(optimizer, 10, 0.5)
+    steps(optimizer, 4)
+    assert WarmUp(again(optimizer), 10, 0.5).factor == pytest.approx(0.7)
+    other = sgd()
+    other.load_state_dict(optimizer.state_dict())
+    assert WarmUp(other, 10, 0.5).factor == pytest.approx(0.7)
 
 
 def setting(said, batch=32):

@@ -186,15 +186,38 @@ def test_around_sam():
         torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("options", [{"k": 0}, {"k": 1.5}, {"alpha": 0.0}, {"alpha": 1.1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"k": 0}, {"k": 1.5}, {"k": "x"}, {"alpha": 0.0}, {"alpha": 1.1}, {"alpha": "x"}],
+    ids=str,
+)
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValueError, match=r"Lookahead\(.*\): expected .*, got .*; "):
         Lookahead(torch.optim.SGD(weights(), lr=0.1), **options)
 
 
 def test_a_second_lookahead_is_refused():
-    with pytest.raises(ValueError, match="without a Lookahead"):
-        Lookahead(Lookahead(torch.optim.SGD(weights(), lr=0.1)))
+    first = Lookahead(torch.optim.SGD(weights(), lr=0.1))
+    for optimizer in (first, first.base, copy.deepcopy(first)):
+        with pytest.raises(ValueError, match="without a Lookahead"):
+            Lookahead(optimizer)
+
+
+def test_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"Lookahead\(.*expected an optimiser to wrap, got 'list'"):
+        Lookahead(weights())
+
+
+def test_it_may_be_built_after_the_checkpoint_is_loaded():
+    parameters = weights()
+    optimizer = Lookahead(BASES["sgd"](parameters), k=2)
+    run(optimizer, parameters, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    others = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    expected = run(optimizer, parameters, 2, first=3)
+    base = BASES["sgd"](others)
+    base.load_state_dict(state)
+    assert equal(run(Lookahead(base, k=2), others, 2, first=3), expected)
 
 
 @pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__)

@@ -46,7 +46,13 @@ LABELS = [
     "stochastic-depth:mode=mask",
     "none+elu",
     "label-smoothing+mixup",
+    "lookahead+lars",
+    "sam+batch-growth+lamb",
 ]
+
+
+W = torch.nn.Parameter(torch.ones(2, 2))
+GROUPS = [{"params": [W], "lr": 0.1, "max_batches": 4}]  # with what batch-growth puts there
 
 
 def case(label: str, model: str) -> MethodCase:
@@ -103,9 +109,100 @@ def test_unknown_method_names_the_nearest():
         find_method("fixupp")
 
 
+@pytest.mark.parametrize(("written", "meant"), [("LARS", "lars"), ("GELU", "gelu"), ("Sam", "sam")])
+def test_capital_letters_do_not_mislead(written, meant):
+    with pytest.raises(ValueError, match=f"do you mean '{meant}'"):
+        find_method(written)
+
+
+@pytest.mark.parametrize("name", ["", "???"])
+def test_what_is_like_no_name_is_not_guessed_at(name):
+    with pytest.raises(ValueError, match=r"take one of these$"):
+        find_method(name)
+
+
+def test_a_plus_in_a_number_joins_nothing():
+    method = find_method("lars:trust_coefficient=1e+1+fixup")
+    assert [part.label for part in method.parts] == ["lars:trust_coefficient=10.0", "fixup"]
+
+
+def test_options_set_twice_are_those_set_last():
+    method = find_method("lars:momentum=0.5")
+    assert method.defaults()["momentum"] == 0.9
+    again = method.with_options(momentum=0.9)
+    assert again.label == "lars"
+    assert again.optimizer(GROUPS, None).defaults["momentum"] == 0.9
+
+
+def kinds(label):
+    """The optimisers of a method, from the outermost to the one that steps."""
+    optimizer = find_method(label).optimizer(GROUPS, lambda groups: torch.optim.SGD(groups))
+    found = [type(optimizer).__name__]
+    while hasattr(optimizer, "base"):
+        optimizer = optimizer.base
+        found.append(type(optimizer).__name__)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("lookahead+lars", ["Lookahead", "LARS"]),
+        ("lars+lookahead", ["Lookahead", "LARS"]),
+        ("batch-growth+lamb", ["BatchGrowth", "LAMB"]),
+        ("sam+batch-growth", ["SAM", "BatchGrowth", "SGD"]),
+        ("asam+lookahead+lars", ["ASAM", "Lookahead", "LARS"]),
+        ("lookahead+batch-growth", ["BatchGrowth", "Lookahead", "SGD"]),
+    ],
+)
+def test_optimisers_are_nested_as_they_work_together(label, expected):
+    assert kinds(label) == expected
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ("lars+lamb", "in place of the task's optimiser, got lars and lamb; keep one"),
+        ("rmsprop-inside-root+fixup+lars", "got rmsprop-inside-root and lars"),
+        ("sam+asam", "whose step takes several passes, got sam and asam"),
+    ],
+)
+def test_optimisers_that_exclude_each_other(label, reason):
+    with pytest.raises(ValueError, match=reason):
+        find_method(label)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.card.name)
+def test_a_card_says_whether_the_optimiser_is_replaced(method):
+    made = []
+
+    def make(groups):
+        made.append(torch.optim.SGD(groups))
+        return made[-1]
+
+    method.optimizer(GROUPS, make)
+    assert method.card.replaces_optimizer == (not made)
+
+
+def test_a_composition_needs_what_its_parts_need():
+    closure, replaced, bare = (
+        find_method(label).card for label in ("dropout+sam", "dropout+lars", "none+sam")
+    )
+    assert closure.needs_closure
+    assert not replaced.needs_closure
+    assert replaced.replaces_optimizer
+    assert closure.batch_of_one == "as the model"
+    assert bare.batch_of_one == "trains"
+
+
 def test_unknown_option_names_the_nearest():
     with pytest.raises(ValueError, match="do you mean 'drop_prob'"):
         find_method("ic-layer:drop_pob=0.1")
+
+
+def test_a_truth_value_is_no_number():
+    with pytest.raises(ValueError, match=r"like the default 5, got bool; give an int"):
+        find_method("lookahead:k=true")
 
 
 def test_option_of_another_type():

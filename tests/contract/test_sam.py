@@ -113,6 +113,15 @@ def test_half_precision(kind):
     assert weight.float().tolist() == pytest.approx([0.5 + moved] * 4, rel=2e-2)
 
 
+def test_a_length_is_not_rounded_to_half_precision():
+    # In float16 the length 2 / (6e-8 x 100) is infinite.
+    weight = nn.Parameter(torch.zeros(100, 100, dtype=torch.float16))
+    weight.grad = torch.full_like(weight, 6e-8)
+    optimizer = SAM(torch.optim.SGD([weight], lr=0.1), rho=2.0)
+    optimizer.first_step()
+    torch.testing.assert_close(weight.float(), torch.full((100, 100), 0.02), rtol=1e-2, atol=0)
+
+
 def normalised(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
@@ -213,8 +222,24 @@ def test_misuse_is_refused(kind):
     optimizer.first_step()
     with pytest.raises(ValueError, match="expected unperturbed weights"):
         optimizer.first_step()
-    with pytest.raises(ValueError, match=rf"{kind.__name__}\(rho=-1.0\): expected"):
-        kind(torch.optim.SGD(problem.parts, lr=0.1), rho=-1.0)
+    for rho in (-1.0, math.inf, "x"):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}\(rho={rho!r}\): expected"):
+            kind(torch.optim.SGD(problem.parts, lr=0.1), rho=rho)
+        groups = [{"params": problem.parts, "rho": rho}]
+        with pytest.raises(ValueError, match=rf"{kind.__name__}\(rho={rho!r}\): expected"):
+            kind(torch.optim.SGD(groups, lr=0.1))
+    with pytest.raises(ValueError, match="expected an optimiser to wrap, got 'list'"):
+        kind(problem.parts)
+
+
+@kinds
+@pytest.mark.parametrize("inner", [SAM, ASAM, torch.optim.LBFGS])
+def test_a_base_that_needs_a_closure_is_refused(kind, inner):
+    problem = Quadratic()
+    base = torch.optim.SGD(problem.parts, lr=0.1)
+    base = inner(problem.parts) if inner is torch.optim.LBFGS else Lookahead(inner(base))
+    with pytest.raises(ValueError, match=f"{kind.__name__}.*no closure, got {inner.__name__}; let"):
+        kind(base)
 
 
 def test_attach_finds_the_wrapper_and_refuses_others():

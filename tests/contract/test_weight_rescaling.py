@@ -338,7 +338,9 @@ def refused(**options):
         {"target_norm": "unit"},
         {"every": 0},
         {"every": 1.5},
+        {"every": "2"},
         {"threshold": -1.0},
+        {"threshold": "x"},
         {"granularity": "row"},
         {"rescale_state": True, "optimizer": torch.optim.RMSprop},
     ],
@@ -349,11 +351,21 @@ def test_wrong_options_are_refused(options):
         refused(**options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"target_norm": 0.0}, {"target_norm": -1.0}, {"num_groups": 3}, {"num_groups": 0}],
+    ids=str,
+)
+def test_wrong_norms_and_groups_are_refused(options):
+    with pytest.raises(ValueError, match=r"rescale_\(.*\): expected .*, got .*; give"):
+        rescale_(torch.ones(4, 2), **options)
+
+
 def test_a_second_rescaler_is_refused():
     run = Training()
     optimizer = torch.optim.SGD([run.weight], lr=0.1)
     rescaler(run.model, run.x, optimizer)
-    with pytest.raises(ValueError, match="without a rescaler"):
+    with pytest.raises(ValueError, match="without a WeightRescaler"):
         rescaler(run.model, run.x, optimizer)
 
 
@@ -408,7 +420,7 @@ def test_the_finder_takes_what_is_free_of_scale_and_says_why_not():
         "normed": "its weight is re-parametrised",
         "grouped": together,
         "unused": "it is not called",
-        "tokens": together,
+        "tokens": "its output units are not the channels of the normaliser",
         "fc": matters,
     }
 
@@ -419,7 +431,11 @@ def test_whole_layers_whose_scale_is_lost_further_on_are_told_apart_by_running_s
     found = find_scale_free_weights(Mixed(), x, granularity="layer")
     assert {weight.name for weight in found.weights} == {"stem", "branch.0", "grouped"}
     assert found.skipped["tokens"] == "its output units are not the channels of the normaliser"
-    assert found.skipped["activated"] == "running statistics further on cannot move along"
+    cannot = "running statistics further on cannot move along"
+    assert found.skipped["activated"] == cannot
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4)
+    assert find_scale_free_weights(Mixed(), x).skipped["activated"] == cannot
 
 
 class Kernel(nn.Module):

@@ -28,7 +28,6 @@ from normlab.lab.claims import (
     recalibration,
     small_batches,
     verb,
-    weight_rescaling,
 )
 from normlab.lab.claims.claim import (
     FAILS,
@@ -235,27 +234,9 @@ def test_filter_response_norm_findings_go_both_ways():
     assert bad[0].measured == pytest.approx(30.0)
 
 
-def decay_runs(rescaled, low, high, none):
-    return {
-        "decay-low": made_up(level("batch-norm", low) | level("weight-rescaling", rescaled)),
-        "decay-high": made_up(level("batch-norm", high)),
-        "none": made_up(level("batch-norm", none)),
-    }
-
-
-def test_weight_rescaling_is_held_against_the_better_decay():
-    measure = weight_rescaling.measure
-    assert verdicts(measure(decay_runs(0.84, 0.82, 0.84, 0.80))) == [HOLDS, HOLDS]
-    assert verdicts(measure(decay_runs(0.82, 0.82, 0.84, 0.80))) == [FAILS, HOLDS]
-    assert verdicts(measure(decay_runs(0.82, 0.84, 0.82, 0.83))) == [FAILS, FAILS]
-
-
 def test_missing_trial_leaves_a_finding_undecided():
     run = made_up(level("ic-layer", 0.9) | level("batch-norm", 0.8), seeds=[0, 1, 2, 3])
     assert verdicts(ic_layer.measure_training({"training": run})) == [UNDECIDED, UNDECIDED]
-    runs = decay_runs(0.9, 0.8, 0.8, 0.7)
-    del runs["decay-high"].trials[0]
-    assert verdicts(weight_rescaling.measure(runs)) == [UNDECIDED, HOLDS]
 
 
 # -- the claims as they stand ---------------------------------------------------------------------
@@ -346,6 +327,22 @@ def test_time_of_what_a_claim_measures_without_studies_counts(tmp_path):
     found = reproduce(claim, "small", None, tmp_path, QUIET)
     assert found.seconds >= 0.2
     assert reproduce(claim, "small", None, tmp_path, QUIET) == found
+
+
+def test_time_of_what_was_measured_before_a_stop_counts(tmp_path):
+    calls = []
+
+    def measure(runs):
+        time.sleep(0.2)
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return [AHEAD.judge(1.0, (0.5, 1.5), 3)]
+
+    claim = replace(_miniature(), parts=(Part(name="part", bounds=(AHEAD,), measure=measure),))
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(claim, "small", None, tmp_path, QUIET)
+    assert reproduce(claim, "small", None, tmp_path, QUIET).seconds >= 0.4
 
 
 def test_reproduce_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

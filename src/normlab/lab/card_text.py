@@ -8,6 +8,7 @@ from functools import partial
 from normlab.method import Card, Method
 
 _BATCH_OF_ONE = {
+    "as the model": "trains on a single sample where the model does",
     "trains": "trains on a single sample",
     "needs space": "trains on a single sample only where it has several positions",
     "refuses": "does not train on a single sample",
@@ -50,11 +51,16 @@ def card_text(method: Method, width: int = 88) -> str:
 
 def facts_of(card: Card) -> list[str]:
     """Return what a card says about training, in a few words each."""
-    facts = [
-        _BATCH_OF_ONE[card.batch_of_one],
-        "uses statistics of the batch" if card.batch_statistics else "each sample stands alone",
-        "evaluates otherwise than it trains" if card.eval_differs else "the same in evaluation",
-    ]
+    facts = [_BATCH_OF_ONE[card.batch_of_one]]
+    own = card.batch_of_one != "as the model"  # otherwise the model's layers decide
+    if card.batch_statistics:
+        facts.append("uses statistics of the batch")
+    elif own:
+        facts.append("each sample stands alone")
+    if card.eval_differs:
+        facts.append("evaluates otherwise than it trains")
+    elif own:
+        facts.append("the same in evaluation")
     if card.needs_closure:
         facts.append("a step takes more than one pass")
     return facts

@@ -17,6 +17,7 @@ import torch
 from torch import distributed, nn
 
 from normlab.moments import group_of_several
+from normlab.optim.arguments import is_count
 
 
 @contextmanager
@@ -49,7 +50,8 @@ def accumulate(
         process_group: The W processes that average gradients; None for all of them.
 
     Raises:
-        ValueError: An index outside the step, or only one of ``count`` and ``total``.
+        ValueError: No micro-batches, an index outside the step, a count below 0, or only one of
+            ``count`` and ``total``.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -60,15 +62,22 @@ def accumulate(
         >>> model.weight.grad
         tensor([[1., 1.]])
     """
-    if not 0 <= index < num_batches:
+    if not is_count(num_batches):
+        raise ValueError(
+            f"accumulate(num_batches={num_batches!r}): expected 1, 2, 3, ..., got {num_batches!r}; "
+            "give the number of micro-batches in a step"
+        )
+    if not (is_count(index, least=0) and index < num_batches):
         raise ValueError(
             f"accumulate(index={index}, num_batches={num_batches}): expected an index from 0 to "
             f"{num_batches - 1}, got {index}; count the micro-batches of one step"
         )
-    if (count is None) != (total is None) or (total is not None and total < 1):
+    both = is_count(count, least=0) and is_count(total) and count <= total
+    if not both and (count, total) != (None, None):
         raise ValueError(
-            f"accumulate(count={count}, total={total}): expected both, with a total of at least 1, "
-            f"or neither, got {count} and {total}; take the total from total_count"
+            f"accumulate(count={count!r}, total={total!r}): expected a count of at least 0 within "
+            f"a total of at least 1, or neither, got {count!r} and {total!r}; take the total from "
+            "total_count"
         )
     factor = 1 / num_batches
     if count is not None and total is not None:

@@ -7,8 +7,10 @@ most one axis is one unit)
     G_i \leftarrow G_i \, \frac{\ell_i}{\max(\lVert G_i \rVert, 10^{-6})}
     \quad\text{where}\quad \lVert G_i \rVert \ge \ell_i = \lambda \max(\lVert W_i \rVert, \epsilon)
 
-so a step of rate eta changes no unit by more than eta lambda of its size: large rates and batches
-stay stable in networks without normalisers. The final classifier is left alone.
+so a step of plain SGD at rate eta changes no unit by more than eta lambda of its size, or of
+epsilon where it is smaller; momentum, weight decay and Adam act on what is clipped, and are not
+bounded by it. Large rates and batches stay stable in networks without normalisers. The final
+classifier is left alone.
 
 Source: A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition
 Without Normalization", 2021, arXiv 2102.06171; the form here is that of T. Chen, Z. Zhang,
@@ -21,7 +23,7 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def clip_adaptively_(
         eps: The norm below which weights count as this large, above 0, so that units at zero train.
 
     Raises:
-        ValueError: ``clipping`` or ``eps`` is not above 0.
+        ValueError: ``clipping`` or ``eps`` is not above 0, or a gradient is sparse.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -65,6 +67,11 @@ def clip_adaptively_(
         gradient = parameter.grad
         if gradient is None:
             continue
+        if gradient.layout is not torch.strided:
+            raise ValueError(
+                "clip_adaptively_(parameters): expected dense gradients, got a sparse one of shape "
+                f"{tuple(gradient.shape)}; build its embedding with sparse=False, or leave it out"
+            )
         limit = clipping * _unit_norms(parameter).clamp(min=eps)
         norm = _unit_norms(gradient)
         factor = torch.where(norm >= limit, limit / norm.clamp(min=_SMALLEST), 1.0)
@@ -81,16 +88,19 @@ def _unit_norms(values: Tensor) -> Tensor:
 
 
 class AdaptiveClipping:
-    """Clips the gradients that an optimiser holds in front of each of its steps.
+    """Clips the gradients of an optimiser in front of each of its steps.
+
+    Where the step is given a closure, what each call of it leaves is clipped. Under
+    ``torch.amp.GradScaler`` the gradients count as they are without its scale.
 
     Args:
         optimizer: The optimiser.
-        exclude: Modules whose parameters are left alone: the final classifier.
+        exclude: The module or modules whose parameters are left alone: the final classifier.
         clipping: As in `clip_adaptively_`.
         eps: As in `clip_adaptively_`.
 
     Raises:
-        ValueError: As in `clip_adaptively_`.
+        ValueError: As in `clip_adaptively_`, or ``exclude`` holds something else than modules.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -101,7 +111,7 @@ class AdaptiveClipping:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        exclude: Iterable[nn.Module] = (),
+        exclude: nn.Module | Iterable[nn.Module] = (),
         *,
         clipping: float = 0.02,
         eps: float = 1e-3,
@@ -109,18 +119,48 @@ class AdaptiveClipping:
         clip_adaptively_([], clipping, eps)
         self.clipping = clipping
         self.eps = eps
-        self._excluded = tuple(exclude)
+        self._excluded = (exclude,) if isinstance(exclude, nn.Module) else tuple(exclude)
+        strange = [one for one in self._excluded if not isinstance(one, nn.Module)]
+        if strange:
+            raise ValueError(
+                f"AdaptiveClipping(exclude={strange}): expected modules, got "
+                f"{type(strange[0]).__name__}; give the layers themselves, such as model.fc"
+            )
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
         """Stop clipping."""
         self._hook.remove()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = named.get("closure") or next(iter(args[1:]), None)
+        if closure is None:
+            self._clip(optimizer)
+            return None
+        # The gradients to be used are yet to be computed.
+        return args[:1], named | {"closure": self._clipping(optimizer, closure)}
+
+    def _clipping(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]
+    ) -> Callable[[], Any]:
+        def clipped() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._clip(optimizer)
+            return loss
+
+        return clipped
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         # Read anew each time: networks that grow replace their parameters.
         left = {id(p) for module in self._excluded for p in module.parameters()}
         held = (p for group in optimizer.param_groups for p in group["params"])
-        clip_adaptively_((p for p in held if id(p) not in left), self.clipping, self.eps)
+        # A scaler leaves it to a fused optimiser to unscale the gradients during the step.
+        scale = getattr(optimizer, "grad_scale", None)
+        clipping = self.clipping if scale is None else self.clipping * float(scale)
+        clip_adaptively_((p for p in held if id(p) not in left), clipping, self.eps)
 
 
 def find_classifier(model: nn.Module, *inputs: Any) -> nn.Module | None:
@@ -181,7 +221,7 @@ CARD = Card(
         arxiv="2102.06171",
         venue="ICML 2021",
     ),
-    batch_of_one="needs space",
+    batch_of_one="as the model",
     keeps_evaluation=True,
     best_for="Networks without normalisers at large rates or batches.",
     limits=("Norms stay where they are: compose with none to take them out.",),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Source
-from normlab.optim.layer_adaptation import require
+from normlab.optim.arguments import is_number, require
 from normlab.optim.sam import SAM, attach
 from normlab.optim.tensor_lists import total_norm
 from normlab.parameter_groups import Group
@@ -39,11 +39,12 @@ class ASAM(SAM):
     Args:
         optimizer: The optimiser that takes the step.
         rho: The length of the perturbation in units of T, at least 0; the paper takes 0.5 to 2.
-        model: The model, whose buffers keep what the first pass left; None leaves them alone.
+        model: The model: its buffers keep what the first pass left in them. Without it both passes
+            move running statistics.
         eta: The number :math:`\eta` that lets zero weights move, at least 0.
 
     Raises:
-        ValueError: A value below 0.
+        ValueError: A value below 0 or not finite, or an optimiser whose step needs a closure.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([1.0]))
@@ -62,7 +63,7 @@ class ASAM(SAM):
         *,
         eta: float = 0.01,
     ) -> None:
-        require(eta >= 0, "ASAM", "eta", eta, "a number of at least 0")
+        require(is_number(eta) and eta >= 0, "ASAM", "eta", eta, "a number of at least 0")
         super().__init__(optimizer, rho, model)
         self.eta = eta
 
@@ -98,6 +99,7 @@ CARD = Card(
         year=2021,
         arxiv="2102.11600",
     ),
+    batch_of_one="as the model",
     keeps_evaluation=True,
     needs_closure=True,
     best_for="Better generalisation where twice the work a step can be paid, whatever the scale "
@@ -105,6 +107,9 @@ CARD = Card(
     limits=(
         "Two passes a step.",
         "torch.amp.GradScaler takes no closures; bfloat16 needs no scaler.",
+        "Both passes see the batch: averages that are not among the model's buffers, as those of "
+        "bn-preconditioning, move twice a step, and buffers that a pass reads, as those of "
+        "spectral-norm and cross-iteration-bn, enter the second pass as the first one left them.",
     ),
     departures=(
         "Every parameter is scaled by its own size, biases and norm parameters included.",

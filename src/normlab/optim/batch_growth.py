@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source
-from normlab.optim.wrapper import OptimizerWrapper
+from normlab.optim.arguments import is_count, is_number
+from normlab.optim.live import go_live
+from normlab.optim.wrapper import OptimizerWrapper, check_needs_no_closure
 from normlab.parameter_groups import Group
 
 _KEY = "batch_growth"
@@ -52,10 +54,10 @@ def grown_batch_size(
         >>> grown_batch_size(128, 0.2, 50_000), grown_batch_size(128, 0.008, 50_000)
         ((640, 1.0), (5000, 0.3125))
     """
-    if not 0 <= rate_factor <= 1:
+    if not (is_number(rate_factor) and 0 <= rate_factor <= 1):
         raise ValueError(
-            f"grown_batch_size(rate_factor={rate_factor}): expected a number from 0 to 1, got "
-            f"{rate_factor}; give the present rate divided by the highest"
+            f"grown_batch_size(rate_factor={rate_factor!r}): expected a number from 0 to 1, got "
+            f"{rate_factor!r}; give the present rate divided by the highest"
         )
     _check_share("grown_batch_size", max_share)
     largest = max(batch_size, int(max_share * num_samples))
@@ -74,17 +76,19 @@ class BatchGrowth(OptimizerWrapper):
 
     Any loop and schedule will do: call ``step`` after every batch; ``zero_grad`` does not touch
     what is accumulated. Step hooks run around the steps that are taken. The accumulated gradients
-    and the counters stand in ``param_groups[0]``, so that ``state_dict`` holds them; batches that
-    do not fill a last step are dropped with the end of training. Clip gradients in a step hook if
-    the clipping is to see the average.
+    and the counters stand in ``param_groups[0]``, so that ``state_dict`` holds them, and an
+    optimiser that has them from a checkpoint goes on from there; batches that do not fill a last
+    step are dropped with the end of training. Clip gradients in a step hook if the clipping is to
+    see the average.
 
     Args:
-        optimizer: Any optimiser.
+        optimizer: Any optimiser whose step needs no closure.
         max_batches: The cap on k, at least 1; a tenth of the batches of an epoch in the paper.
             None takes what the groups hold under ``max_batches``.
 
     Raises:
-        ValueError: A cap below 1, or none.
+        ValueError: A cap below 1, or none; an optimiser whose step needs a closure, or that grows
+            its batch already.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(1))
@@ -100,21 +104,21 @@ class BatchGrowth(OptimizerWrapper):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_batches: int | None = None) -> None:
+        check_needs_no_closure("BatchGrowth", optimizer)
         first = optimizer.param_groups[0]
         cap = first.get(_CAP) if max_batches is None else max_batches
-        if cap is None or cap < 1 or cap != int(cap):
+        if not is_count(cap):
             raise ValueError(
-                f"BatchGrowth(max_batches={cap}): expected 1, 2, 3, ..., got {cap}; give a tenth "
-                "of the batches of an epoch"
-            )
-        if _KEY in first:
-            raise ValueError(
-                "BatchGrowth(optimizer): expected an optimiser without batch growth, got one that "
-                "has it; wrap it once"
+                f"BatchGrowth(max_batches={cap!r}): expected 1, 2, 3, ..., got {cap!r}; give a "
+                "tenth of the batches of an epoch"
             )
         super().__init__(optimizer)
         first[_CAP] = int(cap)
-        first[_KEY] = _fresh()
+        first.setdefault(_KEY, _fresh())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        go_live(self, self.base, _KEY)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Count one batch, and take a step if it is the last of its k.
@@ -195,10 +199,10 @@ def _fresh() -> dict[str, Any]:
 
 
 def _check_share(operation: str, max_share: float) -> None:
-    if not 0 < max_share <= 1:
+    if not (is_number(max_share) and 0 < max_share <= 1):
         raise ValueError(
-            f"{operation}(max_share={max_share}): expected a share above 0 and at most 1, got "
-            f"{max_share}; use 0.1"
+            f"{operation}(max_share={max_share!r}): expected a share above 0 and at most 1, got "
+            f"{max_share!r}; use 0.1"
         )
 
 
@@ -231,6 +235,7 @@ CARD = Card(
         year=2018,
         arxiv="1711.00489",
     ),
+    batch_of_one="as the model",
     keeps_evaluation=True,
     state=("the gradients accumulated so far, and the highest rate",),
     best_for="Fewer optimiser steps at the accuracy of a decayed rate.",

@@ -10,10 +10,12 @@ Regularization for Deep Neural Networks with Batch Normalization", 2021, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from normlab.optim.arguments import is_number, require
+from normlab.optim.live import go_live
+from normlab.optim.step_rates import StepRates
 from normlab.parameter_groups import Group, check_no_growth
 from normlab.surgery.scale_free import ScaleFreeWeight
 
@@ -29,10 +31,10 @@ class LearningRateScaling:
     Args:
         optimizer: The optimiser; parameters that should keep their rate need groups of their own.
         weights: What `find_scale_free_weights` found. Their norms now are the reference, kept in
-            the groups of the optimiser.
+            the groups of the optimiser; groups that have one from a checkpoint keep that.
 
     Raises:
-        ValueError: The network grows under the optimiser.
+        ValueError: The network grows under the optimiser, or another one acts on it.
     """
 
     def __init__(
@@ -40,27 +42,19 @@ class LearningRateScaling:
     ) -> None:
         check_no_growth("LearningRateScaling", optimizer)
         self._weights = [weight.weight for weight in weights]
-        self._rates: dict[int, Any] = {}
+        go_live(self, optimizer, KEY)
         for group in optimizer.param_groups:
             if square := self._square_norm(group):
-                group[KEY] = square
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+                group.setdefault(KEY, square)
+        StepRates(optimizer, "effective_rates", self._factor)
 
     def _square_norm(self, group: Group) -> float:
         own = {id(parameter) for parameter in group["params"]}
         mine = [weight.detach() for weight in self._weights if id(weight) in own]
         return sum(weight.square().sum().item() for weight in mine)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for i, group in enumerate(optimizer.param_groups):
-            if KEY in group:
-                self._rates[i] = group["lr"]
-                group["lr"] = group["lr"] * self._square_norm(group) / group[KEY]
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for i, rate in self._rates.items():
-            optimizer.param_groups[i]["lr"] = rate
+    def _factor(self, group: Group) -> float:
+        return self._square_norm(group) / group[KEY] if KEY in group else 1.0
 
 
 def equivalent_lr(
@@ -78,10 +72,15 @@ def equivalent_lr(
         target_norm: The norm r that rescaling sets.
         normalised: Whether the updates do not grow with the gradient, as Adam's.
 
+    Raises:
+        ValueError: A norm that is not above 0.
+
     Example:
         >>> equivalent_lr(0.1, norm=2.0)
         0.025
     """
+    for name, value in (("norm", norm), ("target_norm", target_norm)):
+        require(is_number(value) and value > 0, "equivalent_lr", name, value, "a number above 0")
     return lr * (target_norm / norm) ** (1 if normalised else 2)
 
 
@@ -95,5 +94,10 @@ def equilibrium_norm(lr: float, weight_decay: float, gradient_norm: float) -> fl
         lr: The rate.
         weight_decay: The decay lambda.
         gradient_norm: The norm of the gradient of the group at unit norm.
+
+    Raises:
+        ValueError: A decay that is not above 0: without one the norm grows for ever.
     """
+    valid = is_number(weight_decay) and weight_decay > 0
+    require(valid, "equilibrium_norm", "weight_decay", weight_decay, "a number above 0")
     return (lr * gradient_norm**2 / (2 * weight_decay)) ** 0.25

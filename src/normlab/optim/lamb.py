@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source
-from normlab.optim.layer_adaptation import LayerAdaptiveOptimizer, require, split_excluded
+from normlab.optim.arguments import is_number, require
+from normlab.optim.layer_adaptation import LayerAdaptiveOptimizer, split_excluded
 from normlab.optim.tensor_lists import scale_, tensor_norms
 from normlab.parameter_groups import Group
 
@@ -71,11 +72,6 @@ class LAMB(LayerAdaptiveOptimizer):
         weight_norm_clip: float | None = None,
         adapt: bool = True,
     ) -> None:
-        valid = all(0 <= beta < 1 for beta in betas)
-        require(valid, "LAMB", "betas", betas, "two numbers of at least 0 and below 1")
-        require(eps >= 0, "LAMB", "eps", eps, "a number of at least 0")
-        valid = weight_norm_clip is None or weight_norm_clip > 0
-        require(valid, "LAMB", "weight_norm_clip", weight_norm_clip, "a number above 0 or None")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -85,6 +81,16 @@ class LAMB(LayerAdaptiveOptimizer):
             "adapt": adapt,
         }
         super().__init__(params, defaults)
+
+    def _check(self, values: Group) -> None:
+        super()._check(values)
+        betas, eps, clip = values["betas"], values["eps"], values["weight_norm_clip"]
+        valid = isinstance(betas, (tuple, list)) and len(betas) == 2
+        valid = valid and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
+        require(valid, "LAMB", "betas", betas, "two numbers of at least 0 and below 1")
+        require(is_number(eps) and eps >= 0, "LAMB", "eps", eps, "a number of at least 0")
+        valid = clip is None or (is_number(clip) and clip > 0)
+        require(valid, "LAMB", "weight_norm_clip", clip, "a number above 0 or None")
 
     def _state_of(self, weights: list[Tensor], group: Group) -> list[list[Tensor]]:
         for weight in weights:
@@ -163,6 +169,8 @@ CARD = Card(
         year=2019,
         arxiv="1904.00962",
     ),
+    batch_of_one="as the model",
+    replaces_optimizer=True,
     keeps_evaluation=True,
     state=("two averages and a step counter for each weight",),
     best_for="Transformers and convolutional networks at batches of thousands.",

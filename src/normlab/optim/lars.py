@@ -10,6 +10,12 @@ Departs:
     - The rate stands outside the velocity, as in ``torch.optim.SGD``, so that a change of rate acts
       at once; ``paper_momentum=True`` has it inside.
     - A layer whose weights or gradients are all zero takes the plain rate.
+    - The method's trust coefficient is 0.1, a hundred times the paper's, because it keeps the
+      task's rate, which is one of SGD. At SGD's 0.1 a step then moves a weight by up to 0.01 of its
+      norm before momentum, which is :math:`\sqrt{2 \eta \beta}` for the decay 5e-4: the share by
+      which SGD itself turns a weight that is free of scale, once growth and decay are in balance.
+      The paper's coefficient at a hundred times the rate moves such weights alike, but also what
+      does not adapt, such as biases and weights that are zero, and those a hundred times too far.
     - Biases and norm parameters keep the plain rate and do not decay, by `exclude_from_adaptation`
       or by a group with ``adapt=False``: their norms say nothing about a good step.
 """
@@ -25,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source
-from normlab.optim.layer_adaptation import LayerAdaptiveOptimizer, require, split_excluded
+from normlab.optim.arguments import is_number, require
+from normlab.optim.layer_adaptation import LayerAdaptiveOptimizer, split_excluded
 from normlab.optim.tensor_lists import scale_, tensor_norms
 from normlab.parameter_groups import Group
 
@@ -75,9 +82,6 @@ class LARS(LayerAdaptiveOptimizer):
         paper_momentum: bool = False,
         adapt: bool = True,
     ) -> None:
-        require(0 <= momentum < 1, "LARS", "momentum", momentum, "at least 0 and below 1")
-        valid = trust_coefficient > 0
-        require(valid, "LARS", "trust_coefficient", trust_coefficient, "a number above 0")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -87,6 +91,14 @@ class LARS(LayerAdaptiveOptimizer):
             "adapt": adapt,
         }
         super().__init__(params, defaults)
+
+    def _check(self, values: Group) -> None:
+        super()._check(values)
+        momentum, trust = values["momentum"], values["trust_coefficient"]
+        valid = is_number(momentum) and 0 <= momentum < 1
+        require(valid, "LARS", "momentum", momentum, "a number of at least 0 and below 1")
+        valid = is_number(trust) and trust > 0
+        require(valid, "LARS", "trust_coefficient", trust, "a number above 0")
 
     def _state_of(self, weights: list[Tensor], group: Group) -> list[list[Tensor]]:
         if group["momentum"] == 0:
@@ -130,7 +142,7 @@ def optimizer(
     make: Callable[[list[Group]], torch.optim.Optimizer],
     *,
     momentum: float = 0.9,
-    trust_coefficient: float = 1e-3,
+    trust_coefficient: float = 0.1,
     paper_momentum: bool = False,
 ) -> torch.optim.Optimizer:
     """Return LARS in place of the task's optimiser, whose rates and decay it takes."""
@@ -147,9 +159,9 @@ def attach(
     optimizer: torch.optim.Optimizer,
     setting: Setting,
     *,
-    trust_coefficient: float = 1e-3,
+    trust_coefficient: float = 0.1,
 ) -> None:
-    """Say how large the steps are, because the rates of other optimisers do not carry over."""
+    """Say how large the steps are, because they do not depend on the gradient's size."""
     share = setting.lr * trust_coefficient
     setting.say(f"at the rate {setting.lr:g} a gradient moves a weight by {share:.3g} of its norm")
 
@@ -165,16 +177,23 @@ CARD = Card(
         year=2017,
         arxiv="1708.03888",
     ),
+    batch_of_one="as the model",
+    replaces_optimizer=True,
     keeps_evaluation=True,
     state=("a velocity for each weight",),
     best_for="Convolutional networks at batches of thousands.",
     limits=(
-        "Asks for rates of its own: with the trust coefficient 0.001 about 100 times those of SGD.",
+        "The rate is to be one of SGD; with the paper's trust coefficient 0.001, a hundred times "
+        "that, and then biases and norm parameters take a hundred times SGD's steps.",
+        "A weight that starts at zero, as Fixup's last layers do, takes the plain rate in its "
+        "first step and creeps afterwards: its steps are a small share of what norm it has.",
         "At usual batches SGD does as well for less work.",
     ),
     departures=(
         "The rate stands outside the velocity unless paper_momentum is set.",
         "A layer whose weights or gradients are zero takes the plain rate.",
+        "The trust coefficient is 0.1, a hundred times the paper's, in place of a hundred times "
+        "the rate.",
     ),
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normlab.optim.arguments import is_number, require
 from normlab.optim.tensor_lists import by_kind, in_portions
 from normlab.parameter_groups import Group, split_groups
 from normlab.surgery.normalisers import find_normalisers
@@ -62,12 +63,16 @@ class LayerAdaptiveOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, whose values are checked before."""
-        values = {**self.defaults, **param_group}
-        name = type(self).__name__
-        require(values["lr"] >= 0, name, "lr", values["lr"], "a rate of at least 0")
-        decay = values["weight_decay"]
-        require(decay >= 0, name, "weight_decay", decay, "a coefficient of at least 0")
+        self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    def _check(self, values: Group) -> None:
+        """Refuse values of a group that are out of their range."""
+        name, lr, decay = type(self).__name__, values["lr"], values["weight_decay"]
+        valid = (is_number(lr) or isinstance(lr, Tensor)) and bool(lr >= 0)
+        require(valid, name, "lr", lr, "a rate of at least 0")
+        valid = is_number(decay) and decay >= 0
+        require(valid, name, "weight_decay", decay, "a coefficient of at least 0")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -110,11 +115,3 @@ class LayerAdaptiveOptimizer(torch.optim.Optimizer):
     def _update(self, group: Group, weights: list[Tensor], *lists: list[Tensor]) -> None:
         """Move weights of one device and dtype, given their gradients and state."""
         raise NotImplementedError
-
-
-def require(valid: bool, operation: str, name: str, value: object, expected: str) -> None:
-    """Refuse a value that is not what is expected, with the promised message."""
-    if not valid:
-        raise ValueError(
-            f"{operation}({name}={value!r}): expected {expected}, got {value!r}; give {expected}"
-        )

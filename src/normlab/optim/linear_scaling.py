@@ -22,6 +22,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, SequentialLR
 
 from normlab.method import Card, Method, Setting, Source
+from normlab.optim.arguments import is_count, is_number
+from normlab.optim.live import go_live, retire
+from normlab.optim.step_rates import StepRates
 from normlab.parameter_groups import Group
 
 Rule = Literal["linear", "sqrt"]
@@ -50,10 +53,10 @@ def scaled_lr(lr: float, batch_size: int, *, reference: int = 256, rule: Rule = 
         (3.2, 0.002)
     """
     for name, value in (("batch_size", batch_size), ("reference", reference)):
-        if value < 1:
+        if not (is_number(value) and value >= 1):
             raise ValueError(
-                f"scaled_lr({name}={value}): expected at least 1, got {value}; give the number of "
-                "samples"
+                f"scaled_lr({name}={value!r}): expected at least 1, got {value!r}; give the number "
+                "of samples"
             )
     if rule not in ("linear", "sqrt"):
         raise ValueError(
@@ -103,8 +106,10 @@ class WarmUp:
     .. math::
         f_t = f_0 + (1 - f_0) \, t / T, \quad t = 0, \dots, T
 
-    So a schedule that sets the rates goes on as if nothing was there. The step counter stands in
-    ``optimizer.param_groups[0]["linear_scaling"]``.
+    So a schedule that sets the rates goes on as if nothing was there. A step that raises counts for
+    nothing. The step counter stands in ``optimizer.param_groups[0]["linear_scaling"]``: a warm-up
+    of an optimiser that has it from a checkpoint, or is a copy, goes on from there. As in torch,
+    copies have no hooks and need a warm-up of their own.
 
     Args:
         optimizer: The optimiser.
@@ -112,7 +117,7 @@ class WarmUp:
         start: The factor f_0 of the first step, above 0 and at most 1.
 
     Raises:
-        ValueError: A value out of its range, or a second one on one optimiser.
+        ValueError: A value out of its range, or an optimiser that another one acts on.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -125,18 +130,11 @@ class WarmUp:
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: int, start: float) -> None:
         _check_rise("WarmUp", steps, start)
-        if _KEY in optimizer.param_groups[0]:
-            raise ValueError(
-                f"WarmUp({type(optimizer).__name__}): expected an optimiser without a warm-up, got "
-                "one that has it; remove the first"
-            )
         self.optimizer, self.steps, self.start = optimizer, steps, start
-        optimizer.param_groups[0][_KEY] = {"step": 0}
-        self._rates: list[Any] = []
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        go_live(self, optimizer, _KEY)
+        optimizer.param_groups[0].setdefault(_KEY, {"step": 0})
+        self._rates = StepRates(optimizer, "linear_scaling_rates", lambda _: self.factor)
+        self._hook = optimizer.register_step_post_hook(self._after_step)
 
     @property
     def factor(self) -> float:
@@ -146,31 +144,23 @@ class WarmUp:
 
     def remove(self) -> None:
         """Stop."""
-        for hook in self._hooks:
-            hook.remove()
-        self.optimizer.param_groups[0].pop(_KEY, None)
-
-    def _before_step(self, *_: Any) -> None:
-        factor = self.factor
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
+        self._rates.remove()
+        self._hook.remove()
+        retire(self.optimizer, _KEY)
 
     def _after_step(self, *_: Any) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
         self.optimizer.param_groups[0][_KEY]["step"] += 1
 
 
 def _check_rise(operation: str, steps: int, start: float) -> None:
-    if steps < 1 or steps != int(steps):
+    if not is_count(steps):
         raise ValueError(
-            f"{operation}(steps={steps}): expected 1, 2, 3, ..., got {steps}; leave the warm-up "
-            "out for none"
+            f"{operation}(steps={steps!r}): expected 1, 2, 3, ..., got {steps!r}; leave the "
+            "warm-up out for none"
         )
-    if not 0 < start <= 1:
+    if not (is_number(start) and 0 < start <= 1):
         raise ValueError(
-            f"{operation}(start={start}): expected a share above 0 and at most 1, got {start}; "
+            f"{operation}(start={start!r}): expected a share above 0 and at most 1, got {start!r}; "
             "give the reference batch divided by the batch"
         )
 
@@ -230,6 +220,7 @@ CARD = Card(
         year=2017,
         arxiv="1706.02677",
     ),
+    batch_of_one="as the model",
     keeps_evaluation=True,
     state=("the step counter of the warm-up",),
     best_for="Taking a recipe to a larger batch without a new search for the rate.",

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from normlab.method import Card, Method, Source
-from normlab.optim.layer_adaptation import require
+from normlab.optim.arguments import is_count, is_number, require
+from normlab.optim.live import go_live
 from normlab.optim.wrapper import OptimizerWrapper
 from normlab.parameter_groups import Group
 
@@ -37,7 +38,8 @@ class Lookahead(OptimizerWrapper):
 
     Groups, state and checkpoint are those of the optimiser that is wrapped: the slow weights stand
     in ``state[parameter]["slow_weight"]`` from its first step on, the step counter with k and alpha
-    in ``param_groups[0]["lookahead"]``. Step hooks run around the whole step.
+    in ``param_groups[0]["lookahead"]``. An optimiser that has them from a checkpoint goes on from
+    there. Step hooks run around the whole step.
 
     Args:
         optimizer: The fast optimiser, of any kind.
@@ -45,7 +47,7 @@ class Lookahead(OptimizerWrapper):
         alpha: The share of the way that they move, above 0 and at most 1; 1 changes nothing.
 
     Raises:
-        ValueError: A value out of its range, or an optimiser that has a Lookahead.
+        ValueError: A value out of its range, or an optimiser that a Lookahead wraps already.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -58,16 +60,17 @@ class Lookahead(OptimizerWrapper):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, k: int = 5, alpha: float = 0.5) -> None:
-        require(k >= 1 and k == int(k), "Lookahead", "k", k, "1, 2, 3, ...")
-        require(0 < alpha <= 1, "Lookahead", "alpha", alpha, "a number above 0 and at most 1")
-        kind, first = type(optimizer).__name__, optimizer.param_groups[0]
-        require(_KEY not in first, "Lookahead", "optimizer", kind, "one without a Lookahead")
+        require(is_count(k), "Lookahead", "k", k, "1, 2, 3, ...")
+        valid = is_number(alpha) and 0 < alpha <= 1
+        require(valid, "Lookahead", "alpha", alpha, "a number above 0 and at most 1")
         super().__init__(optimizer)
         self._start = {"step": 0, "k": k, "alpha": alpha}
-        first[_KEY] = dict(self._start)
+        first = self.param_groups[0]
+        first[_KEY] = {**first.get(_KEY, {"step": 0}), "k": k, "alpha": alpha}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        go_live(self, self.base, _KEY)
         # A hook that sets weights must see those that the step ends with.
         self._run_hooks_around_own_step()
 
@@ -171,6 +174,7 @@ CARD = Card(
         year=2019,
         arxiv="1907.08610",
     ),
+    batch_of_one="as the model",
     keeps_evaluation=True,
     state=("slow weights and a step counter",),
     best_for="Less sensitivity to the rate and momentum of the optimiser inside.",

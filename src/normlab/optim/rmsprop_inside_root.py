@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source
-from normlab.optim.layer_adaptation import LayerAdaptiveOptimizer, require
+from normlab.optim.arguments import is_number, require
+from normlab.optim.layer_adaptation import LayerAdaptiveOptimizer
 from normlab.parameter_groups import Group
 
 
@@ -73,10 +74,6 @@ class RMSPropInsideRoot(LayerAdaptiveOptimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.9,
     ) -> None:
-        name = "RMSPropInsideRoot"
-        require(0 <= alpha < 1, name, "alpha", alpha, "a number of at least 0 and below 1")
-        require(eps > 0, name, "eps", eps, "a number above 0")
-        require(0 <= momentum < 1, name, "momentum", momentum, "a number of at least 0 and below 1")
         defaults = {
             "lr": lr,
             "alpha": alpha,
@@ -85,6 +82,15 @@ class RMSPropInsideRoot(LayerAdaptiveOptimizer):
             "momentum": momentum,
         }
         super().__init__(params, defaults)
+
+    def _check(self, values: Group) -> None:
+        super()._check(values)
+        name = type(self).__name__
+        for key in ("alpha", "momentum"):
+            valid = is_number(values[key]) and 0 <= values[key] < 1
+            require(valid, name, key, values[key], "a number of at least 0 and below 1")
+        eps = values["eps"]
+        require(is_number(eps) and eps > 0, name, "eps", eps, "a number above 0")
 
     def _state_of(self, weights: list[Tensor], group: Group) -> list[list[Tensor]]:
         names = ["square_avg"]
@@ -136,7 +142,13 @@ def attach(
     """Clip the norm of the whole gradient in front of each step, if ``max_norm`` is given."""
     if max_norm is None:
         return
-    require(max_norm > 0, "rmsprop-inside-root", "max_norm", max_norm, "a number above 0")
+    require(
+        is_number(max_norm) and max_norm > 0,
+        "rmsprop-inside-root",
+        "max_norm",
+        max_norm,
+        "a number above 0",
+    )
     limit = max_norm
 
     def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -159,6 +171,8 @@ CARD = Card(
         arxiv="1512.00567",
         venue="CVPR 2016",
     ),
+    batch_of_one="as the model",
+    replaces_optimizer=True,
     keeps_evaluation=True,
     state=("a mean square and a velocity for each weight",),
     best_for="Repeating trainings that were published with TensorFlow's RMSProp: Inception, "

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source
-from normlab.optim.layer_adaptation import require
+from normlab.optim.arguments import is_number, require
 from normlab.optim.tensor_lists import by_kind, total_norm
-from normlab.optim.wrapper import OptimizerWrapper
+from normlab.optim.wrapper import OptimizerWrapper, check_needs_no_closure, unwrapped
 from normlab.parameter_groups import Group
 
 
@@ -50,30 +50,37 @@ class SAM(OptimizerWrapper):
     Args:
         optimizer: The optimiser that takes the step.
         rho: The length of the perturbation, at least 0.
-        model: The model, whose buffers keep what the first pass left; None leaves them alone.
+        model: The model: its buffers keep what the first pass left in them. Without it both passes
+            move running statistics.
 
     Raises:
-        ValueError: ``rho`` below 0.
+        ValueError: ``rho`` below 0 or not finite, or an optimiser whose step needs a closure.
 
     Example:
-        >>> weight = nn.Parameter(torch.tensor([1.0]))
-        >>> optimizer = SAM(torch.optim.SGD([weight], lr=0.1), rho=0.5)
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
+        >>> x = torch.randn(8, 3)
         >>> def closure():
         ...     optimizer.zero_grad()
-        ...     loss = weight.square().sum()
+        ...     loss = model(x).square().mean()
         ...     loss.backward()
         ...     return loss
-        >>> optimizer.step(closure).item()
-        1.0
-        >>> weight  # 1 - 0.1 * 2 * (1 + 0.5)
-        Parameter containing: tensor([0.7000], requires_grad=True)
+        >>> loss = optimizer.step(closure)
+        >>> model[1].num_batches_tracked
+        tensor(1)
     """
+
+    needs_closure = True
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, rho: float = 0.05, model: nn.Module | None = None
     ) -> None:
-        require(rho >= 0, type(self).__name__, "rho", rho, "a length of at least 0")
         super().__init__(optimizer)
+        name = type(self).__name__
+        for radius in (rho, *(group.get("rho", rho) for group in self.param_groups)):
+            valid = is_number(radius) and radius >= 0
+            require(valid, name, "rho", radius, "a length of at least 0")
+        check_needs_no_closure(name, optimizer)
         self.rho = rho
         self.model = model
         self._kept: list[tuple[Tensor, Tensor]] | None = None
@@ -189,16 +196,14 @@ def optimizer(
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> None:
     """Tell the wrapper, wherever it is among several, whose buffers keep the first pass."""
-    found, inner = False, optimizer
-    while isinstance(inner, OptimizerWrapper):
-        if isinstance(inner, SAM):
-            inner.model, found = model, True
-        inner = inner.base
+    found = [one for one in unwrapped(optimizer) if isinstance(one, SAM)]
     if not found:
         raise ValueError(
             f"attach(optimizer): expected SAM or a wrapper around it, got "
             f"{type(optimizer).__name__}; wrap the optimiser first"
         )
+    for one in found:
+        one.model = model
 
 
 CARD = Card(
@@ -212,12 +217,16 @@ CARD = Card(
         year=2020,
         arxiv="2010.01412",
     ),
+    batch_of_one="as the model",
     keeps_evaluation=True,
     needs_closure=True,
     best_for="Better generalisation where twice the work a step can be paid.",
     limits=(
         "Two passes a step.",
         "torch.amp.GradScaler takes no closures; bfloat16 needs no scaler.",
+        "Both passes see the batch: averages that are not among the model's buffers, as those of "
+        "bn-preconditioning, move twice a step, and buffers that a pass reads, as those of "
+        "spectral-norm and cross-iteration-bn, enter the second pass as the first one left them.",
     ),
     departures=(
         "Running statistics and other buffers keep what the first pass left in them.",

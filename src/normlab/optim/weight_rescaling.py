@@ -27,7 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
-from normlab.parameter_groups import Group, check_no_growth, split_groups
+from normlab.optim.arguments import is_count, is_number, require
+from normlab.optim.live import go_live, retire
+from normlab.parameter_groups import Group, check_held, check_no_growth, split_groups
 from normlab.surgery.scale_free import (
     Findings,
     Granularity,
@@ -68,6 +70,9 @@ def rescale_(
     Returns:
         The factor of each output unit ``(out,)``, in float32 if ``weight`` has a half precision.
 
+    Raises:
+        ValueError: A target that is not above 0, or groups that do not divide the units.
+
     Example:
         >>> weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
         >>> rescale_(weight)
@@ -76,9 +81,14 @@ def rescale_(
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
+    valid = is_number(target_norm) and target_norm > 0
+    require(valid, "rescale_", "target_norm", target_norm, "a number above 0")
     units = by_unit(weight, conv_groups, transposed)
+    out = units.shape[0] * units.shape[1]
+    valid = num_groups is None or (is_count(num_groups) and out % num_groups == 0)
+    require(valid, "rescale_", "num_groups", num_groups, f"None or a divisor of {out}")
     norms = unit_norms(units, num_groups)
-    size = units.shape[0] * units.shape[1] // len(norms)
+    size = out // len(norms)
     targets = torch.full_like(norms, target_norm * math.sqrt(size))
     scale = _factors(norms, targets).repeat_interleave(size)
     units.mul_(_along(scale, units))
@@ -99,10 +109,13 @@ class WeightRescaler:
 
     The step counter, and the initial norms where they are the targets, stand in
     ``optimizer.param_groups[0]["weight_rescaling"]``, so that ``optimizer.state_dict()`` holds
-    them and training resumes exactly.
+    them and training resumes exactly. An optimiser that has them from a checkpoint, or is a copy,
+    goes on from there; a number for ``target_norm`` replaces the initial norms. As in torch, copies
+    have no hooks and need a rescaler of their own.
 
     Args:
-        optimizer: The optimiser; weights that it does not hold are left alone.
+        optimizer: The optimiser; weights that it does not hold, or whose biases would have to move
+            along and are not held, are left alone.
         weights: What `find_scale_free_weights` found.
         target_norm: The norm r of an output unit, above 0; a group of k units gets r sqrt(k).
             ``"init"``: the norm that each group has now.
@@ -115,8 +128,9 @@ class WeightRescaler:
             (Adam), rescaling then changes nothing in how the directions train.
 
     Raises:
-        ValueError: A value out of its range, a second rescaler on one optimiser, or
-            ``rescale_state`` for an optimiser other than SGD, Adam and AdamW.
+        ValueError: A value out of its range, an optimiser that another rescaler acts on, initial
+            norms in it of other weights, or ``rescale_state`` for an optimiser other than SGD, Adam
+            and AdamW.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -138,19 +152,22 @@ class WeightRescaler:
         rescale_state: bool = False,
     ) -> None:
         first, name = optimizer.param_groups[0], "WeightRescaler"
-        number = isinstance(target_norm, (int, float)) and 0 < target_norm < math.inf
-        valid = number or target_norm == "init"
-        _require(valid, name, "target_norm", target_norm, "a number above 0 or 'init'")
-        _require(every >= 1 and every == int(every), name, "every", every, "1, 2, 3, ...")
-        _require(threshold >= 0, name, "threshold", threshold, "a number of at least 0")
+        valid = target_norm == "init" or (is_number(target_norm) and target_norm > 0)
+        require(valid, name, "target_norm", target_norm, "a number above 0 or 'init'")
+        require(is_count(every), name, "every", every, "1, 2, 3, ...")
+        valid = is_number(threshold) and threshold >= 0
+        require(valid, name, "threshold", threshold, "a number of at least 0")
         plain = isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))
         valid, kind = plain or not rescale_state, type(optimizer).__name__
-        _require(valid, name, "optimizer", kind, "SGD, Adam or AdamW for rescale_state=True")
-        _require(KEY not in first, name, "optimizer", kind, "one without a rescaler")
+        require(valid, name, "optimizer", kind, "SGD, Adam or AdamW for rescale_state=True")
         check_no_growth(name, optimizer)
         decay = {id(p): g.get("weight_decay") for g in optimizer.param_groups for p in g["params"]}
         self.optimizer = optimizer
-        self.weights = [weight for weight in weights if id(weight.weight) in decay]
+        self.weights = [
+            weight
+            for weight in weights
+            if all(id(parameter) in decay for parameter in (weight.weight, *weight.biases))
+        ]
         self.every = every
         self.threshold = threshold
         self.rescale_state = rescale_state
@@ -162,18 +179,24 @@ class WeightRescaler:
                 stacklevel=2,
             )
         self._targets = [weight.group_norms() for weight in self.weights]
-        first[KEY] = {"step": 0}
+        progress = dict(first.get(KEY, {"step": 0}))
         if target_norm == "init":
-            first[KEY]["targets"] = self._targets
+            initial = progress.setdefault("targets", self._targets)
+            shapes = [target.shape for target in self._targets]
+            valid = shapes == [target.shape for target in initial]
+            require(valid, name, "weights", len(shapes), "the weights of the checkpoint")
         else:
+            progress.pop("targets", None)
             for weight, target in zip(self.weights, self._targets, strict=True):
                 target.fill_(float(target_norm) * math.sqrt(weight.group_size()))
+        go_live(self, optimizer, KEY)
+        first[KEY] = progress
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
     def remove(self) -> None:
         """Stop rescaling."""
         self._hook.remove()
-        self.optimizer.param_groups[0].pop(KEY, None)
+        retire(self.optimizer, KEY)
 
     def _after_step(self, *_: Any) -> None:
         state = self.optimizer.param_groups[0].setdefault(KEY, {"step": 0})
@@ -229,13 +252,6 @@ class WeightRescaler:
         return products
 
 
-def _require(valid: bool, operation: str, name: str, value: object, expected: str) -> None:
-    if not valid:
-        raise ValueError(
-            f"{operation}({name}={value!r}): expected {expected}, got {value!r}; give {expected}"
-        )
-
-
 _FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int | str, ...], Findings]] = WeakKeyDictionary()
 """What was found in a model last, because each part of the method looks, and looking takes time."""
 
@@ -285,7 +301,9 @@ def attach(
 ) -> None:
     """Rescale after the optimiser's steps, and say which layers are skipped."""
     found = _found(model, setting, granularity)
-    WeightRescaler(
+    moved = [parameter for one in found.weights for parameter in (one.weight, *one.biases)]
+    check_held("weight-rescaling", moved, optimizer)
+    rescaler = WeightRescaler(
         optimizer,
         found.weights,
         target_norm=target_norm,
@@ -293,7 +311,7 @@ def attach(
         threshold=threshold,
         rescale_state=rescale_state,
     )
-    setting.say(f"{len(found.weights)} weights are rescaled by {granularity}")
+    setting.say(f"{len(rescaler.weights)} weights are rescaled by {granularity}")
     for reason in dict.fromkeys(found.skipped.values()):
         names = [name for name, why in found.skipped.items() if why == reason]
         setting.say(f"not rescaled, because {reason}: {', '.join(names)}")
@@ -312,7 +330,7 @@ CARD = Card(
         year=2021,
         arxiv="2102.03497",
     ),
-    batch_of_one="needs space",
+    batch_of_one="as the model",
     keeps_evaluation=True,
     state=("the step counter, and the initial norms if target_norm is 'init'",),
     best_for="Networks with BatchNorm whose weight decay nobody wants to tune.",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from normlab.optim.arguments import require
 from normlab.parameter_groups import Group
 
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -30,11 +31,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     Attributes:
         base: The optimiser that is wrapped.
+        needs_closure: Whether a step takes passes of its own.
+
+    Raises:
+        ValueError: What is wrapped is no optimiser of torch's kind.
     """
 
     base: torch.optim.Optimizer
+    needs_closure = False
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        _check_kind(type(self).__name__, optimizer)
         # Not torch's own constructor, which would make groups and state of its own.
         self.__setstate__({"base": optimizer})
 
@@ -84,3 +91,35 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over groups and state from plain data."""
         self.base.load_state_dict(state_dict)
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return an optimiser and those that it wraps, from the outermost to the innermost."""
+    found = [optimizer]
+    while isinstance(found[-1], OptimizerWrapper):
+        found.append(found[-1].base)
+    return found
+
+
+def check_needs_no_closure(operation: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser whose step needs a closure, or that wraps such a one.
+
+    Args:
+        operation: The wrapper, which takes steps without one.
+        optimizer: The optimiser to be wrapped.
+
+    Raises:
+        ValueError: Its step needs one, or it is no optimiser.
+    """
+    _check_kind(operation, optimizer)
+    for one in unwrapped(optimizer):
+        if isinstance(one, torch.optim.LBFGS) or getattr(one, "needs_closure", False):
+            raise ValueError(
+                f"{operation}(optimizer): expected an optimiser whose step needs no closure, got "
+                f"{type(one).__name__}; let the one that needs a closure be outermost, and alone"
+            )
+
+
+def _check_kind(operation: str, optimizer: Any) -> None:
+    valid, kind = isinstance(optimizer, torch.optim.Optimizer), type(optimizer).__name__
+    require(valid, operation, "optimizer", kind, "an optimiser to wrap")

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 _ADDITIONS = {
@@ -150,6 +151,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def normalises_by_batch(module: nn.Module) -> bool:
+    """Return whether a module uses statistics of the batch in training.
+
+    BatchNorm and all that owns a buffer ``running_mean`` does, and classes that say
+    ``batch_statistics = True``.
+    """
+    says_so = getattr(type(module), "batch_statistics", False) is True
+    return says_so or "running_mean" in module._buffers or isinstance(module, _NormBase)
 
 
 class _Recorder(TorchFunctionMode):

@@ -2,8 +2,8 @@
 
 Where they do not, L(a w) = L(w) for every a above 0, the gradient is orthogonal to the weight. That
 shows for all weights in one pass forward and back through a copy of the model: in float64, with
-every ``eps`` out of the way, off special values such as scales of zero, and with the same noise
-whenever it runs.
+every ``eps`` out of the way, off special values such as scales of zero, with the same noise
+whenever it runs, and as it was written where it is compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from normlab.surgery.flow import uncompiled
 
 SAMPLES, SAMPLES_WITH_SPACE = 8, 4
 """How many samples the copy sees at least: two numbers, normalised, are always 1 and -1."""
@@ -99,7 +101,7 @@ class Twin:
 
     def _outputs(self) -> Iterator[Tensor]:
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), uncompiled():
             torch.manual_seed(0)
             yield from _tensors(self.model(*self.inputs))
 

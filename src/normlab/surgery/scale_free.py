@@ -21,6 +21,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _JOINT = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _NORMALISERS = (_BatchNorm, _InstanceNorm, *_JOINT)
+_CANNOT_MOVE = "running statistics further on cannot move along"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +73,15 @@ def find_scale_free_weights(
 
     It is computed, not read from names or classes (see `normlab.surgery.invariance`), so
     normalisers of anybody's own are understood, wherever they stand. Running statistics move along
-    where a normaliser of torch takes a layer's very output.
+    where a normaliser of torch takes a layer's very output. What is compiled runs as it was
+    written.
 
     Args:
         model: Any module that can be copied.
         inputs: What its forward takes; two samples are enough.
         granularity: ``"filter"``: each output unit is a group, as in front of BatchNorm and
-            InstanceNorm. ``"layer"``: the whole weight, or as many groups as can be scaled apart,
+            InstanceNorm; where its bias has to go along, as in front of a normaliser that keeps the
+            mean, it does. ``"layer"``: the whole weight, or as many groups as can be scaled apart,
             as in front of GroupNorm.
 
     Returns:
@@ -124,7 +127,7 @@ def find_scale_free_weights(
         for weight, one in zip(tuple(findings.weights), scaled, strict=True):
             if not twin.keeps_evaluation([one]):
                 findings.weights.remove(weight)
-                findings.skipped[weight.name] = "running statistics further on cannot move along"
+                findings.skipped[weight.name] = _CANNOT_MOVE
     return findings
 
 
@@ -161,11 +164,18 @@ def _examine(
         most = next((count for count in counts if twin.is_free(_in_twin(found, twin, count))), 0)
         if most == 0:
             return "the outputs change with its scale"
-        if granularity == "filter":
-            return "its units are free of scale only together: use granularity='layer'"
+        if not all(bias.requires_grad for bias in found.biases):
+            return "its bias is frozen"
         found = replace(found, num_groups=most)
     statistics = _statistics(owners, flow, units, with_bias=not found.biases)
-    return statistics if isinstance(statistics, str) else replace(found, statistics=statistics)
+    if isinstance(statistics, str):
+        return statistics
+    found = replace(found, statistics=statistics)
+    if granularity == "filter" and found.num_groups < units:
+        whole = twin.keeps_evaluation([_in_twin(found, twin, found.num_groups)])
+        together = "its units are free of scale only together: use granularity='layer'"
+        return together if whole else _CANNOT_MOVE
+    return found
 
 
 def _in_twin(found: ScaleFreeWeight, twin: Twin, num_groups: int) -> Scaled:

@@ -274,7 +274,6 @@ def reproduce(
     plan = _begin(claim, scale, folder)
     findings: list[Finding] = []
     runs: list[RunRecord] = []
-    measuring = 0.0
     for part in claim.parts:
         part_runs: dict[str, RunRecord] = {}
         for name, study in part.studies.get(scale, {}).items():
@@ -283,14 +282,19 @@ def reproduce(
             comparison.compare(locate(study, data), place, console)
             part_runs[name] = records.read_run(place)
         start = time.perf_counter()
-        made = part.measure(part_runs)
-        measuring += time.perf_counter() - start
+        try:
+            made = part.measure(part_runs)
+        finally:
+            # Written down at once: a part that was stopped goes on from what it has measured.
+            if plan["finished"] is None:
+                seconds = plan.get("measuring", 0.0) + time.perf_counter() - start
+                plan["measuring"] = round(seconds, 1)
+                records.write_json(folder / PLAN, plan)
         assert [finding.statement for finding in made] == [b.statement for b in part.bounds]
         findings += made
         runs += part_runs.values()
     if plan["finished"] is None:
         plan["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-        plan["measuring"] = round(measuring, 1)
         records.write_json(folder / PLAN, plan)
 
     around = runs[-1].environment if runs else environment.describe_environment(Processes("cpu"))
