@@ -1,5 +1,7 @@
 from normlab.activations.bias_shift import bias_shift as bias_shift
 from normlab.activations.bias_shift import unit_natural_gradient as unit_natural_gradient
+from normlab.activations.srelu import SReLU as SReLU
+from normlab.activations.srelu import srelu as srelu
 from normlab.catalog import METHODS as METHODS
 from normlab.catalog import find_method as find_method
 from normlab.conversion import convert as convert

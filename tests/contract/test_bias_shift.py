@@ -39,6 +39,42 @@ def test_without_mean_there_is_no_correction():
     torch.testing.assert_close(bias, gradient[4] / squares.mean(), rtol=1e-12, atol=0)
 
 
+def test_samples_that_do_not_fix_the_natural_gradient_are_refused():
+    activations, signals, gradient = samples()
+    few = (activations[:4], signals[:4])
+    silent = signals * (torch.arange(50) < 4)
+    dead = activations * torch.tensor([1.0, 1.0, 0.0, 1.0])
+    constant = activations * torch.tensor([1.0, 1.0, 0.0, 1.0]) + torch.tensor([0.0, 0, 2, 0])
+    for given, count in (
+        (few, 4),
+        ((activations, silent), 50),
+        ((dead, signals), 50),
+        ((constant, signals), 50),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"span 5 directions, got {count} samples that span 4"
+        ):
+            unit_natural_gradient(*given, gradient[:4], gradient[4])
+    unit_natural_gradient(activations[:5], signals[:5], gradient[:4], gradient[4])
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(input=x)
+
+
+def test_a_layer_that_is_given_its_input_by_name():
+    torch.manual_seed(0)
+    model, x, targets = Named(), torch.randn(6, 3), torch.arange(6) % 2
+    assert bias_shift(model, x, targets)[0].mean == pytest.approx(x.mean().item(), rel=1e-5)
+    plain = bias_shift(nn.Sequential(model.fc), x, targets)[0]
+    assert bias_shift(model, x, targets)[0].weighted_mean == plain.weighted_mean
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_by_hand(bias):
     torch.manual_seed(0)

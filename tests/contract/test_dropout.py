@@ -105,10 +105,67 @@ def test_every_linear_but_the_first_is_preceded():
     assert rates(model) == {"1": 0.0, "3": 0.5}
     assert said == [
         "dropout stands in front of 1 linear layers",
-        "linear layers without new dropout: 1 has the rate 0",
+        "layers without new dropout: 1 has the rate 0",
     ]
     assert rates(prepared(p=0.3, input_p=0.2)[0]) == {"1": 0.2, "3": 0.3}
     assert rates(prepared(p=0.0, input_p=0.2)[0]) == {"1": 0.2, "3": 0.0}
+
+
+def maps():
+    """The paper's networks for SVHN in small: convolutions, then linear layers."""
+    return nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(2)),
+        *(nn.ReLU(), nn.ConvTranspose2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 6), nn.Linear(6, 3)),
+    )
+
+
+def all_rates(model):
+    """The rate in front of each weight layer, in order, with its kind."""
+    found = [m for m in model.modules() if isinstance(m, nn.Linear) or "Conv" in type(m).__name__]
+    noises = [getattr(layer, "input_dropout", None) for layer in found]
+    return [(None if noise is None else (type(noise), noise.p)) for noise in noises]
+
+
+def test_the_papers_rates_of_convolutional_networks():
+    x = torch.randn(4, 2, 4, 4)
+    model, said = prepared(maps(), x, input_p=0.1, conv_p=0.25)
+    assert all_rates(model) == [(nn.Dropout, rate) for rate in (0.1, 0.25, 0.25, 0.5, 0.5)]
+    assert said == ["dropout stands in front of 2 linear and 3 convolutional layers"]
+    assert list(model.state_dict()) == list(maps().state_dict())
+    plain, said = prepared(maps(), x)
+    assert all_rates(plain) == [None] * 3 + [(nn.Dropout, 0.5)] * 2
+    assert said == ["dropout stands in front of 2 linear layers"]
+    only, said = prepared(nn.Sequential(nn.Dropout2d(), *maps()[:6]), x, conv_p=0.5, input_p=0.2)
+    assert all_rates(only) == [None] + [(nn.Dropout, 0.5)] * 2
+    assert said == [
+        "dropout stands in front of 2 convolutional layers",
+        "layers without new dropout: 1 has its own dropout",
+    ]
+
+
+def test_dropout_of_maps_is_by_value():
+    keep = 0.75
+    layer = nn.Conv2d(5, 5, 1, bias=False).double()
+    model, _ = prepared(
+        nn.Sequential(nn.Identity(), layer), torch.randn(2, 5, 4, 4).double(), input_p=1 - keep
+    )
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(5)[..., None, None])
+    x = torch.randn(40, 5, 10, 10, dtype=torch.float64)
+    y = model(x).detach()
+    mask = (y != 0).double()
+    torch.testing.assert_close(y, x * mask / keep)
+    for axes, count in (((2, 3), 100), ((0, 1), 200)):  # neither whole maps nor whole positions
+        share = mask.mean(axes)
+        assert (share - keep).abs().max() < 5 * math.sqrt(keep * (1 - keep) / count)
+
+
+def test_gaussian_noise_in_place_of_a_mask():
+    model, _ = prepared(maps(), torch.randn(4, 2, 4, 4), conv_p=0.25, noise="gaussian")
+    rates = [None, 0.25, 0.25, 0.5, 0.5]
+    assert all_rates(model) == [rate and (GaussianDropout, rate) for rate in rates]
+    with pytest.raises(ValueError, match="expected 'bernoulli' or 'gaussian', got 'normal'; use"):
+        prepared(noise="normal")
 
 
 class Convolutional(nn.Module):
@@ -225,6 +282,13 @@ def test_max_norm():
     assert 5 < (before.norm(dim=1) > 3.0).sum() < 45
 
 
+def test_max_norm_of_units_with_one_weight_each():
+    for shape in ((3,), (3, 1), (3, 1, 1)):
+        weight = torch.tensor([3.0, -4.0, 0.5]).reshape(shape)
+        project_max_norm_([weight], 2.0)
+        assert weight.flatten().tolist() == [2.0, -2.0, 0.5]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_max_norm_twice_is_once(dtype):
     torch.manual_seed(0)
@@ -294,6 +358,42 @@ def test_max_norm_option_projects_after_each_step():
             METHOD.with_options(max_norm=bad).attach(model, optimizer, setting)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    "reparametrise", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm]
+)
+def test_max_norm_refuses_weights_that_cannot_be_set(reparametrise):
+    model = small()
+    reparametrise(model[3])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    setting = Setting(batches=((torch.randn(4, 8), torch.zeros(4)),))
+    before = model[1].weight.detach().clone()
+    for project in (
+        lambda: project_max_norm_(model, 1e-3),
+        lambda: METHOD.with_options(max_norm=1e-3).attach(model, optimizer, setting),
+    ):
+        with pytest.raises(Unsuitable, match="got 3 with a re-parametrised one, which cannot"):
+            project()
+    assert torch.equal(model[1].weight, before)
+    with pytest.raises(Unsuitable, match="linear or convolutional layers, got LSTM without any"):
+        project_max_norm_(nn.LSTM(2, 3), 3.0)
+
+
+def test_max_norm_says_what_it_leaves_alone():
+    model = nn.ModuleDict(
+        {"a": nn.MultiheadAttention(4, 2), "l": nn.LSTM(4, 4), "n": nn.LayerNorm(4)}
+    )
+    said = []
+    setting = Setting(batches=((torch.randn(4, 8), torch.zeros(4)),), say=said.append)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    METHOD.with_options(max_norm=3.0).attach(model, optimizer, setting)
+    left = "a.in_proj_weight, l.weight_ih_l0, l.weight_hh_l0"
+    assert said == [f"max_norm leaves these weights alone: {left}"]
+    model = small()
+    METHOD.with_options(max_norm=3.0).attach(model, torch.optim.SGD(model.parameters()), setting)
+    assert len(said) == 1
+
+
 class Failing(nn.Module):
     def __init__(self):
         super().__init__()
@@ -355,7 +455,7 @@ def test_unsuitable_models():
         prepared(nn.Flatten())
     with pytest.raises(Unsuitable, match="set input_p"):
         prepared(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)))
-    for options in ({"p": 1.0}, {"input_p": -0.5}):
+    for options in ({"p": 1.0}, {"input_p": -0.5}, {"conv_p": 1.0}):
         with pytest.raises(ValueError, match="expected a probability of dropping"):
             prepared(**options)
 
@@ -373,7 +473,17 @@ def case(**options):
     return MethodCase(method, deep, inputs, torch.arange(8) % 3, num_classes=3, lr=0.1)
 
 
-CASES = {"plain": case(), "paper": case(input_p=0.2, max_norm=1.0)}
+def convolutional_case():
+    inputs = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    method = METHOD.with_options(input_p=0.1, conv_p=0.25, noise="gaussian", max_norm=4.0)
+    return MethodCase(method, maps, inputs, torch.arange(8) % 3, num_classes=3, lr=0.05)
+
+
+CASES = {
+    "plain": case(),
+    "paper": case(input_p=0.2, max_norm=1.0),
+    "convolutional": convolutional_case(),
+}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

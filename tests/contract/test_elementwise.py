@@ -7,7 +7,18 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from normlab.activations.elementwise import ELU, GELU, LEAKY_RELU, METHODS, RELU, SELU, SILU
+from normlab.activations.elementwise import (
+    ELU,
+    GELU,
+    LEAKY_RELU,
+    METHODS,
+    RELU,
+    SELU,
+    SILU,
+    swap_activations,
+)
+from normlab.activations.srelu import SReLU, srelu
+from normlab.lab.models.inception import InceptionV3
 from normlab.method import Setting, Unsuitable
 from normlab.norms import none
 from normlab.testing import METHOD_CHECKS, MethodCase
@@ -86,6 +97,22 @@ def test_the_other_functions():
     torch.testing.assert_close(tanh, nn.functional.gelu(x, approximate="tanh"), rtol=0, atol=0)
 
 
+def test_srelu():
+    x = torch.tensor([-20.0, -1.5, -0.5, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
+    y = SReLU()(x)
+    assert y.tolist() == [max(-1.0, value) for value in x.tolist()]
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [0, 0, 1, 1, 1]
+    assert torch.equal(srelu(x), torch.relu(x + 1) - 1)
+
+
+def test_srelu_takes_the_place_of_others_and_gives_it_back():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ELU())
+    model = swap_activations(model, SReLU, setting(torch.zeros(2, 3)), "srelu")
+    assert [type(layer) for layer in model[1::2]] == [SReLU, SReLU]
+    model = ELU.prepare(model, setting(torch.zeros(2, 3)))
+    assert [type(layer) for layer in model[1::2]] == [nn.ELU, nn.ELU]
+
+
 class Branches(nn.Module):
     """One shared activation, some of other kinds, and one called as a function."""
 
@@ -123,9 +150,28 @@ class Functional(nn.Module):
         return nn.functional.silu(torch.relu(self.fc(x)))
 
 
+class Unused(Functional):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU()
+
+
+def test_what_only_training_calls_is_swapped_but_not_counted():
+    said = []
+    model = InceptionV3(3, 2, width_percent=1, auxiliary=True)
+    model = ELU.prepare(model, setting(torch.randn(2, 2, 75, 75), said))
+    assert type(model.AuxLogits.conv0.relu) is nn.ELU
+    assert not any(isinstance(module, nn.ReLU) for module in model.modules())
+    assert said == [
+        "94 activations became ELU(alpha=1.0)",
+        "and some that evaluation does not call: AuxLogits.conv0.relu, AuxLogits.conv1.relu",
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
+        (Unused(), "got none that is called, only act and these called as functions: relu in Unus"),
         (Functional(), "called as functions: relu in Functional, silu in Functional; write"),
         (nn.Sequential(nn.Linear(3, 3), nn.Tanh()), "got none; write each activation"),
     ],
@@ -152,6 +198,7 @@ def test_a_transformer_layer_does_not_fall_back_in_evaluation():
         (ELU, {"alpha": 0.0}),
         (ELU, {"alpha": -1.0}),
         (ELU, {"alpha": math.nan}),
+        (ELU, {"alpha": math.inf}),
         (LEAKY_RELU, {"negative_slope": 1.0}),
         (LEAKY_RELU, {"negative_slope": -0.1}),
         (GELU, {"approximate": "erf"}),

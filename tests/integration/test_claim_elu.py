@@ -63,3 +63,15 @@ def test_the_studies_differ_in_the_norm_alone(scale):
     assert [one.pop("norm") for one in options] == ["none", "batch-norm"]
     assert options[0] == options[1]
     build_11((1, 28, 28), 10, **options[0])  # the model knows its options
+
+
+def test_the_budget_counts_what_is_run():
+    budget = elu.CLAIM.budget["small"]
+    study = elu.CLAIM.parts[0].studies["small"]["none"]
+    size, batch = study.task.train_size, study.training.batch_size
+    epochs, tune = study.training.epochs, study.tune
+    trials = 2 * len(study.methods) * len(study.seeds)
+    assert f"{trials} trials of {epochs * size // batch} steps" in budget
+    searched = round(size * (1 - tune.hold_out)) // batch * epochs
+    assert f"{4 * tune.trials * tune.seeds} searches of {searched}:" in budget
+    assert tune.trials > 4  # more than the search draws at random

@@ -116,6 +116,32 @@ def test_smaller_images_are_padded_on_all_sides():
     assert model(x).shape == (1, 10)
 
 
+@builds
+@pytest.mark.parametrize("sides", [(64, 64), (32, 33), (28, 32), (8, 8)])
+def test_images_of_another_size_are_refused(build, sides):
+    model = build((3, 32, 32), 10, width_percent=1).eval()
+    high, wide = sides
+    with pytest.raises(ValueError, match=f"expected images of 32x32, got {high}x{wide}; build it"):
+        model(torch.randn(1, 3, *sides))
+
+
+@builds
+def test_the_start_is_he_normal(build):
+    torch.manual_seed(0)
+    model = build((3, 32, 32), 100, width_percent=25)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convolutions:
+        assert not conv.bias.any()
+        weight = conv.weight.detach()
+        if weight.numel() > 3000:
+            fan_out = conv.out_channels * conv.kernel_size[0] ** 2
+            variance = 1 / conv.in_channels if conv is convolutions[-1] else 2 / fan_out
+            assert weight.square().mean().item() == pytest.approx(variance, rel=0.1)
+            # The fourth moment of a normal variable; a uniform one has 1.8.
+            kurtosis = (weight**4).mean() / weight.square().mean() ** 2
+            assert kurtosis.item() == pytest.approx(3.0, abs=0.4)
+
+
 def rates(model):
     return [[m.p for m in stack if isinstance(m, nn.Dropout)] for stack in model.stacks]
 
@@ -185,6 +211,12 @@ def test_evaluation_is_deterministic_and_weights_go_round():
 def test_wrong_options_are_refused(shape, options):
     with pytest.raises(ValueError, match=r"\): expected .*, got .*; "):
         build_11(shape, 10, **{"width_percent": 2} | options)
+
+
+@builds
+def test_a_network_without_classes_is_refused(build):
+    with pytest.raises(ValueError, match=r"\(num_classes=0\): expected at least 1, got 0; give"):
+        build((3, 32, 32), 0, width_percent=1)
 
 
 def test_an_unknown_scope_is_refused():

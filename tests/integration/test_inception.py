@@ -6,11 +6,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
 
+from normlab.lab import records
+from normlab.lab.compare import compare
 from normlab.lab.loops.supervised import loss_of
 from normlab.lab.models.inception import InceptionV3, build
 from normlab.lab.models.inception_modules import AuxiliaryHead, Recipe
+from normlab.lab.study import make_study
 from normlab.method import Setting
 from normlab.norms import group_norm, none
 from zoo_models import torchvision_models
@@ -182,6 +186,27 @@ def test_the_auxiliary_head_is_there_in_training_alone():
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.3)}
 
 
+def test_a_trial_trains_both_heads(tmp_path):
+    model = {"name": "inception-v3", "width_percent": 1, "resize": 299, "auxiliary": "yes"}
+    study = make_study(
+        {
+            "task": {"name": "digits", "train_size": 8, "test_size": 4},
+            "model": model,
+            "methods": ["batch-norm"],
+            "seeds": [0],
+            "training": {"epochs": 1, "batch_size": 4, "lr": 1e-6, "device": "cpu"},
+        }
+    )
+    compare(study, tmp_path, Console(quiet=True))
+    (trial,) = records.read_run(tmp_path).trials
+    assert trial.result["reason"] is None
+    assert trial.result["status"] == records.FINISHED
+    losses = {line["kind"]: line["loss"] for line in trial.metrics}
+    # Neither head knows anything yet: each has the loss of guessing among ten.
+    assert losses["train"] == pytest.approx(1.4 * math.log(10), rel=0.05)
+    assert losses["eval"] == pytest.approx(math.log(10), rel=0.01)
+
+
 def test_dropout_stands_in_front_of_the_readout():
     model = narrow(dropout=1.0)
     assert torch.equal(model(image()), model.fc.bias.expand(2, 5))
@@ -313,6 +338,24 @@ def test_every_activation_is_a_module_called_once_and_methods_find_the_norms():
 def test_what_cannot_be_built_is_refused(shape, options, message):
     with pytest.raises(ValueError, match=message):
         build(shape, 10, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "expected a number of at least 1, got 0"),
+        ({"bn_momentum": 2.0}, "expected a number from 0 to 1, got 2.0"),
+        ({"bn_momentum": -0.1}, "expected a number from 0 to 1, got -0.1"),
+        ({"bn_eps": -1.0}, "expected a number above 0, got -1.0"),
+        ({"bn_eps": 0.0}, "expected a number above 0, got 0.0"),
+        ({"bn_eps": math.nan}, "expected a number above 0, got nan"),
+        ({"dropout": 1.5}, "expected a probability from 0 to 1, got 1.5"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(options, message):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"inception-v3\({name}=.*{message}; change {name}"):
+        on_meta(width_percent=1, **options)
 
 
 def test_images_that_are_too_small_are_refused():

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from normlab.catalog import find_method
 from normlab.lab.models import MODELS, build_model, model_title
-from normlab.lab.models.resnet import BasicBlock, ZeroPadShortcut
+from normlab.lab.models.resnet import AveragePoolShortcut, BasicBlock, ZeroPadShortcut
+from normlab.method import Setting
+from normlab.surgery.branches import plan_branches
 
 ACTIVATIONS = (nn.ReLU, nn.Sigmoid, nn.Tanh)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -19,6 +22,7 @@ CASES = [
     ("plain-conv", {"depth": 2, "width": 4, "activation": "tanh"}),
     ("resnet", {"depth": 14, "width": 4}),
     ("resnet", {"depth": 8, "width": 4, "shortcut": "projection"}),
+    ("resnet", {"depth": 8, "width": 4, "shortcut": "average-pool"}),
     ("resnet", {"depth": 11, "width": 4, "block": "bottleneck"}),
     ("resnet", {"depth": 11, "width": 4, "block": "bottleneck", "shortcut": "projection"}),
 ]
@@ -191,6 +195,43 @@ def test_zero_pad_shortcut_keeps_every_stride_th_pixel(stride):
     assert not out[:, 3:].any()
 
 
+@pytest.mark.parametrize("size", [(8, 6), (7, 5), (4, 1), (1, 1)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_average_pool_shortcut_averages_the_pixels_there_are(stride, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    out = AveragePoolShortcut(stride, new_channels=2)(x)
+    high, wide = (math.ceil(side / stride) for side in size)
+    assert out.shape == (2, 5, high, wide)
+    for i in range(high):
+        for j in range(wide):
+            rows = slice(i * stride, (i + 1) * stride)
+            window = x[:, :, rows, j * stride : (j + 1) * stride]
+            torch.testing.assert_close(out[:, :3, i, j], window.mean((2, 3)))
+    assert not out[:, 3:].any()
+
+
+@pytest.mark.parametrize(
+    "method", ["stochastic-depth", "fixup", "ic-layer", "none", "weight-norm", "bn-init"]
+)
+@pytest.mark.parametrize("size", [16, 9])
+def test_methods_work_on_average_pool_shortcuts(method, size):
+    torch.manual_seed(0)
+    model = build_model("resnet", (3, size, size), 4, depth=14, width=4, shortcut="average-pool")
+    assert len(plan_branches(model, torch.randn(2, 3, size, size)).branches) == 6
+    x = torch.randn(8, 3, size, size)
+    method = find_method(method)
+    setting = Setting(batches=((x, torch.arange(8) % 4),), num_classes=4)
+    model = method.prepare(model, setting)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    method.attach(model, optimizer, setting)
+    outputs = model.train()(x)
+    assert outputs.shape == (8, 4)
+    outputs.square().sum().backward()
+    optimizer.step()
+    pools = [module for module in model.modules() if isinstance(module, AveragePoolShortcut)]
+    assert len(pools) == 2
+
+
 def test_last_activation_of_a_block_follows_the_sum():
     block = BasicBlock(3, 3, 1, "zero-pad")
     nn.init.zeros_(block.bn2.weight)
@@ -245,6 +286,7 @@ def test_networks_learn(name, options):
         ("resnet", {"depth": True}, "expected a whole number, got True"),
         ("resnet", {"width": 0}, "expected at least 1"),
         ("resnet", {"block": "bottle"}, "expected basic or bottleneck"),
+        ("resnet", {"shortcut": "pool"}, "expected zero-pad, average-pool or projection"),
         ("resnet", {"shortcut": 3}, "expected a word, got 3"),
         ("mlp", {"depth": 0}, "expected at least 1"),
         ("mlp", {"activation": "gelu"}, "expected one of relu, sigmoid, tanh"),

@@ -83,15 +83,18 @@ def bias_shift(
     """
     seen: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
 
-    def note(name: str, layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+    def note(
+        name: str, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> Tensor:
         seen.pop(name, None)
         # A view of its own, so that an operation in place behind the layer moves nothing here.
         made = output if output.requires_grad else output.detach().requires_grad_()
-        seen[name] = (layer, given[0].detach(), made)
+        x = given[0] if given else named["input"]
+        seen[name] = (layer, x.detach(), made)
         return made.clone()
 
     handles = [
-        layer.register_forward_hook(partial(note, name))
+        layer.register_forward_hook(partial(note, name), with_kwargs=True)
         for name, layer in model.named_modules()
         if type(layer) in _LAYERS
     ]
@@ -148,13 +151,17 @@ def unit_natural_gradient(
     with :math:`A = E[\delta^2 a a^\top], b = E[\delta^2 a], c = E[\delta^2]` over the samples.
 
     Args:
-        activations: The activations a of the layer below ``(N, d)``, N above d.
+        activations: The activations a of the layer below ``(N, d)``, N above d. Those of samples
+            with a back-signal, with a one for the bias, must span all d + 1 directions.
         signals: The unit's back-signals :math:`\delta`, ``(N,)``.
         gradient: The gradient g of the weights ``(d,)``.
         bias_gradient: The gradient of the bias, a scalar.
 
     Returns:
         The steps of weights ``(d,)`` and bias.
+
+    Raises:
+        ValueError: The samples span fewer directions, so that the Fisher matrix has no inverse.
 
     Example:
         >>> activations = torch.tensor([[1.0], [-1.0]])  # zero mean: no correction
@@ -163,6 +170,15 @@ def unit_natural_gradient(
         ... )
         (tensor([0.2500]), tensor(2.))
     """
+    samples, units = activations.shape
+    extended = torch.cat([activations, torch.ones_like(activations[:, :1])], dim=1)
+    rank = int(torch.linalg.matrix_rank(signals[:, None] * extended))
+    if rank <= units:
+        raise ValueError(
+            f"unit_natural_gradient(activations): expected samples that span {units + 1} "
+            f"directions, got {samples} samples that span {rank}; give more samples, and leave out "
+            "units that are always zero"
+        )
     square = signals.square()
     matrix = torch.einsum("n,ni,nj->ij", square, activations, activations) / len(signals)
     b, c = activations.T @ square / len(signals), square.mean()

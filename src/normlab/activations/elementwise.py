@@ -11,16 +11,18 @@ Departs: nothing is computed in place, whatever the model's own activations did.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 from torch import nn
 
+from normlab.activations.srelu import SReLU
 from normlab.method import Card, Method, Setting, Source, Unsuitable
 from normlab.surgery.flow import trace_flow
 from normlab.surgery.swap import modules_of, swap
 
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, SReLU)
 """The modules that are replaced, by exact class."""
 
 _NAMES = ("relu", "relu_", "leaky_relu", "elu", "selu", "gelu", "silu")
@@ -31,17 +33,20 @@ def swap_activations(
 ) -> nn.Module:
     """Replace every element-wise activation module by what ``make()`` returns.
 
+    One that evaluation does not call, such as those of a head for training alone, is replaced as
+    well, but not counted.
+
     Args:
         model: The model, changed in place.
         make: Makes the new activation.
-        setting: Its first batch shows which activations the model calls as functions.
+        setting: Its first batch shows which activations the model calls, as modules and functions.
         operation: The name of the method that asks, for messages.
 
     Returns:
         The model.
 
     Raises:
-        Unsuitable: The model has no such module; activations called as functions are named.
+        Unsuitable: The model calls no such module; activations called as functions are named.
 
     Example:
         >>> import torch
@@ -53,16 +58,21 @@ def swap_activations(
         )
     """
     modules = modules_of(model, ACTIVATIONS)
-    calls = [
-        f"{operation_.name} in {operation_.owner or type(model).__name__}"
-        for operation_ in trace_flow(model, setting.batches[0][0][:2]).operations
-        if operation_.name in _NAMES
-    ]
-    functions = ", ".join(dict.fromkeys(calls))
-    if not modules:
+    flow = trace_flow(model, setting.batches[0][0][:2])
+    functions = ", ".join(
+        dict.fromkeys(
+            f"{one.name} in {one.owner or type(model).__name__}"
+            for one in flow.operations
+            if one.name in _NAMES
+        )
+    )
+    idle = [name for name, module in modules.items() if not flow.of(module)]
+    uncalled = ", ".join(idle)
+    if len(idle) == len(modules):
         raise Unsuitable(
             f"{operation}(model): expected an activation as a module "
             f"({', '.join(kind.__name__ for kind in ACTIVATIONS)}), got none"
+            f"{f' that is called, only {uncalled}' if idle else ''}"
             f"{f' and these called as functions: {functions}' if functions else ''}; write "
             "each activation as a module of its own"
         )
@@ -73,7 +83,9 @@ def swap_activations(
         if isinstance(layer, nn.TransformerEncoderLayer) and layer.activation in new:
             layer.activation_relu_or_gelu = fused
     model = swap(model, new)
-    setting.say(f"{len(new)} activations became {make()}")
+    setting.say(f"{len(new) - len(idle)} activations became {make()}")
+    if idle:
+        setting.say(f"and some that evaluation does not call: {uncalled}")
     if functions:
         setting.say(f"activations called as functions stay: {functions}")
     return model
@@ -108,7 +120,7 @@ def prepare_elu(model: nn.Module, setting: Setting, *, alpha: float = 1.0) -> nn
     .. math::
         f(x) = x \;(x > 0), \quad \alpha (e^x - 1) \;(x \le 0)
     """
-    if not alpha > 0:
+    if not 0 < alpha < math.inf:
         raise ValueError(
             f"elu(alpha={alpha}): expected a number above 0, got {alpha}; use 1, or the method relu"
         )
@@ -151,6 +163,7 @@ RELU = Method(
             year=2010,
             venue="ICML 2010",
         ),
+        batch_of_one="as the model",
         best_for="Comparing activations: what most networks have anyway.",
         limits=(_FUNCTIONS,),
     ),
@@ -169,6 +182,7 @@ LEAKY_RELU = Method(
             year=2013,
             venue="ICML 2013 Workshop on Deep Learning for Audio, Speech, and Language Processing",
         ),
+        batch_of_one="as the model",
         best_for="Networks in which units with ReLU fall silent for good.",
         limits=(_FUNCTIONS,),
     ),
@@ -187,6 +201,7 @@ ELU = Method(
             year=2015,
             arxiv="1511.07289",
         ),
+        batch_of_one="as the model",
         best_for="Deep networks without BatchNorm (none+elu).",
         limits=("Costs an exponential; little gain beside BatchNorm.", _FUNCTIONS),
         departures=(
@@ -209,6 +224,7 @@ SELU = Method(
             year=2017,
             arxiv="1706.02515",
         ),
+        batch_of_one="as the model",
         best_for="Fully connected networks without normalisers (none+selu).",
         limits=(
             "The fixed point needs weights of variance 1 / fan-in, half of what ReLU is given.",
@@ -231,6 +247,7 @@ GELU = Method(
             year=2016,
             arxiv="1606.08415",
         ),
+        batch_of_one="as the model",
         best_for="Transformers, and convolutional networks in their manner.",
         limits=(_FUNCTIONS,),
     ),
@@ -250,6 +267,7 @@ SILU = Method(
             year=2017,
             arxiv="1702.03118",
         ),
+        batch_of_one="as the model",
         best_for="Convolutional networks made for small devices, and their kin.",
         limits=(_FUNCTIONS,),
     ),

@@ -120,6 +120,7 @@ CARD = Card(
     "largest gradient.",
     room="growth",
     source=SOURCE,
+    batch_of_one="as the model",
     state=("the step counter; the widths are those of the weights",),
     best_for="Growing the width of a network on a schedule, where training from the start at full "
     "width costs too much.",

@@ -110,6 +110,7 @@ CARD = Card(
     summary="Starts narrow and grows wider during training, with new units in random directions.",
     room="growth",
     source=SOURCE,
+    batch_of_one="as the model",
     state=("the step counter; the widths are those of the weights",),
     best_for="Seeing what GradMax gains over any growth that keeps the function.",
     limits=(

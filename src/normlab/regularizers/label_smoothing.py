@@ -106,6 +106,7 @@ CARD = Card(
         arxiv="1512.00567",
         venue="CVPR 2016",
     ),
+    batch_of_one="as the model",
     keeps_evaluation=True,
     best_for="Classifiers with many classes and long trainings, which grow too sure of themselves.",
     limits=(

@@ -135,6 +135,7 @@ CARD = Card(
         arxiv="1710.09412",
         venue="ICLR 2018",
     ),
+    batch_of_one="as the model",
     stochastic=True,
     keeps_evaluation=True,
     best_for="Networks that memorise their training set, above all those without BatchNorm, whose "

@@ -95,9 +95,10 @@ def _study(norm: str, scale: str) -> Study:
         model=ModelChoice.model_validate({"name": "elu-net-11", "norm": norm, **narrow}),
         methods=METHODS,
         reference="relu",
-        seeds=[0, 1, 2, 3, 4],
+        seeds=list(range(8 if small else 5)),
         training=Training(
-            epochs=8 if small else 330,
+            # Twice as long as in the first run, at whose end all arms were still learning.
+            epochs=16 if small else 330,
             batch_size=50 if small else 100,
             weight_decay=5e-4,
             # Without normalisers the first steps at the full rate are the dangerous ones.
@@ -105,8 +106,16 @@ def _study(norm: str, scale: str) -> Study:
             # Beyond the end: only start and end are evaluated.
             evaluate_every=10**9 if small else 0,
         ),
-        # With and without normalisers the best rates differ by far, so each arm has its own search.
-        tune=Tune(trials=3 if small else 4, low=2e-3, high=0.2, hold_out=0.2),
+        # With and without normalisers the best rates differ by far, so each arm has its own search,
+        # in which the first four rates, drawn at random, are the same for all. In small it is
+        # judged by two seeds on a thousand images, because one on 400 chose badly.
+        tune=Tune(
+            trials=6,
+            seeds=2 if small else 1,
+            low=3e-3,
+            high=0.2,
+            hold_out=0.5 if small else 0.2,
+        ),
     )
 
 
@@ -116,20 +125,26 @@ CLAIM = Claim(
     statement="Networks of exponential linear units are more accurate than those of ReLU, with "
     "batch normalisation or without, and batch normalisation does not improve them.",
     budget={
-        "small": "20 trials of 320 steps and 12 searches: about 6 minutes on one core",
-        "paper": "20 trials of 330 epochs of CIFAR-10 and 16 searches: about two days on one GPU",
+        "small": "32 trials of 640 steps and 48 searches of 320: about 25 minutes on one core",
+        "paper": "20 trials of 330 epochs of CIFAR-10 and 24 searches: two to three days on one "
+        "GPU",
     },
     departs={
         "small": (
             "The network of 11 layers at 8 % of its width, without dropout, on 2,000 images of "
-            "Fashion-MNIST, not CIFAR-100, for 8 epochs in batches of 50.",
-            "The learning rate is searched for each arm, with three trials each, and falls along a "
-            "cosine after 32 steps of rise.",
+            "Fashion-MNIST, not CIFAR-100, for 16 epochs in batches of 50.",
+            "The learning rate is searched for each arm, with six rates on two seeds each, trained "
+            "on half of the images and judged by the others, and falls along a cosine after 32 "
+            "steps of rise.",
+            "A first run trained for 8 epochs with five seeds, and tried three rates on one seed: "
+            "ReLU without batch normalisation got 0.0072, at twice which it reaches about 75 %, "
+            "not 73 %, so that ELU's lead of 6.4 points was rather 4.7. Its line stays in the "
+            "ledger; the bounds are its own.",
             "Images are normalised by channel, without contrast normalisation and whitening.",
         ),
         "paper": (
             "CIFAR-10, not CIFAR-100; 330 epochs are the paper's 165,000 steps of 100 images.",
-            "The learning rate is searched for each arm, with four trials each, and falls along a "
+            "The learning rate is searched for each arm, with six trials each, and falls along a "
             "cosine after 500 steps of rise, not by tenths.",
             "Images are normalised by channel, without contrast normalisation and whitening.",
         ),

@@ -138,6 +138,9 @@ class Bench:
     def run(self, arm: Arm, seed: int, on_step: Callable[[int], None] | None = None) -> GanRun:
         """Train a GAN and measure it, or return what an earlier call has measured.
 
+        As a study's finished trials, what stands in the folder is taken whichever commit trained
+        it; the evidence lists all commits under which the folder was worked on.
+
         Args:
             arm: The choices.
             seed: Of the initial weights, the order of images and the latent vectors.

@@ -57,6 +57,10 @@ RATES_18 = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.0)
 class ELUNet(nn.Module):
     """Stacks of convolutions that end in one pixel of class scores.
 
+    Args:
+        input_shape: ``(C, H, W)`` with sides of at most 32, which all images must have.
+        stacks: One sequence a stack, of which the first five halve the size.
+
     Attributes:
         stacks: One sequence a stack; every convolution but the last is followed by an activation
             and a dropout, whose rate is zero unless `set_dropout_` says otherwise.
@@ -64,14 +68,23 @@ class ELUNet(nn.Module):
 
     def __init__(self, input_shape: tuple[int, ...], stacks: list[nn.Sequential]) -> None:
         super().__init__()
-        missing = [SIDE - side for side in input_shape[1:]]
-        high, wide = missing
+        self.sides = tuple(input_shape[1:])
+        high, wide = (SIDE - side for side in self.sides)
         self.pad = nn.ZeroPad2d((wide // 2, wide - wide // 2, high // 2, high - high // 2))
         self.stacks = nn.Sequential(*stacks)
         self.flatten = nn.Flatten()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``(N, classes)`` of images ``(N, C, H, W)``."""
+        """Return logits ``(N, classes)`` of images ``(N, C, H, W)``.
+
+        Raises:
+            ValueError: Images of other sides than the network was built for.
+        """
+        if tuple(x.shape[-2:]) != self.sides:
+            expected, got = ("x".join(map(str, sides)) for sides in (self.sides, x.shape[-2:]))
+            raise ValueError(
+                f"ELUNet(x): expected images of {expected}, got {got}; build it for their size"
+            )
         return self.flatten(self.stacks(self.pad(x)))
 
 
@@ -158,7 +171,7 @@ def build_11(
 
     Args:
         input_shape: ``(C, H, W)`` with sides of at most 32.
-        num_classes: Number of logits.
+        num_classes: Number of logits, at least 1.
         width_percent: Units of each hidden layer, in percent of the paper's; at least 1.
         norm: ``none``, or ``batch-norm`` between each hidden convolution and its ELU.
         dropout: Percent dropped at the end of each stack.
@@ -191,7 +204,7 @@ def build_18(
 
     Args:
         input_shape: ``(C, H, W)`` with sides of at most 32.
-        num_classes: Number of logits.
+        num_classes: Number of logits, at least 1.
         width_percent: As for `build_11`.
         norm: As for `build_11`.
         dropout: As for `build_11`.
@@ -219,11 +232,14 @@ def _build(
             f"{name}(input_shape={tuple(input_shape)}): expected images (C, H, W) of at most "
             f"{SIDE} pixels a side, got {tuple(input_shape)}; scale them down, or use plain-conv"
         )
-    if width_percent < 1:
-        raise ValueError(
-            f"{name}(width_percent={width_percent}): expected at least 1, got {width_percent}; "
-            "use 100 for the paper's width"
-        )
+    for option, number, advice in (
+        ("num_classes", num_classes, "give the number of classes"),
+        ("width_percent", width_percent, "use 100 for the paper's width"),
+    ):
+        if number < 1:
+            raise ValueError(
+                f"{name}({option}={number}): expected at least 1, got {number}; {advice}"
+            )
     for option, value, known in (
         ("norm", norm, ("none", "batch-norm")),
         ("order", order, ("dropout-pool", "pool-dropout")),
@@ -235,7 +251,7 @@ def _build(
             )
     channels = input_shape[0]
     stacks = []
-    for number, stack in enumerate(layout):
+    for index, stack in enumerate(layout):
         layers: list[nn.Module] = []
         for units, kernel in stack:
             out = max(1, round(units * width_percent / 100)) if units else num_classes
@@ -246,7 +262,7 @@ def _build(
             if units:
                 layers += [nn.BatchNorm2d(out)] * normed
                 layers += [nn.ELU(), nn.Dropout(0.0)]
-        if number < POOLED_STACKS:
+        if index < POOLED_STACKS:
             # In front of the stack's last dropout, or behind it.
             layers.insert(len(layers) - (order == "pool-dropout"), nn.MaxPool2d(2))
         stacks.append(nn.Sequential(*layers))

@@ -24,6 +24,8 @@ Departs:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -88,7 +90,7 @@ class InceptionV3(nn.Module):
     """The network, with torchvision's names for its parts: its state dict loads.
 
     Args:
-        num_classes: Number of logits.
+        num_classes: Number of logits, at least 1.
         in_channels: Channels of the images.
         width_percent: All widths in per cent of the paper's, at least 1, each rounded to the
             nearest multiple of 8 and at least 8.
@@ -97,8 +99,9 @@ class InceptionV3(nn.Module):
         stem: ``"released"`` or ``"paper"``.
         dropout: The probability of dropping in front of the readout, at least 0 and at most 1;
             TensorFlow's release has 0.2.
-        bn_eps: The epsilon of the norms.
-        bn_momentum: The momentum of their running statistics; TensorFlow's release has 0.0003.
+        bn_eps: The epsilon of the norms, above 0.
+        bn_momentum: The momentum of their running statistics, from 0 to 1; TensorFlow's release has
+            0.0003.
         count_include_pad: Whether average pooling counts the zeros around the image.
         resize: The side to which images are resized bilinearly first, at least 75; 0 for none.
         transform_input: Whether images normalised by ImageNet's mean and deviation are turned into
@@ -135,7 +138,10 @@ class InceptionV3(nn.Module):
         super().__init__()
         _require(stem in STEMS, "stem", stem, " or ".join(STEMS))
         _require(width_percent >= 1, "width_percent", width_percent, "a number of at least 1")
+        _require(num_classes >= 1, "num_classes", num_classes, "a number of at least 1")
         _require(0 <= dropout <= 1, "dropout", dropout, "a probability from 0 to 1")
+        _require(0 < bn_eps < math.inf, "bn_eps", bn_eps, "a number above 0")
+        _require(0 <= bn_momentum <= 1, "bn_momentum", bn_momentum, "a number from 0 to 1")
         least = SMALLEST_WITH_AUXILIARY if auxiliary else SMALLEST
         head = " with an auxiliary head" if auxiliary else ""
         _require(resize == 0 or resize >= least, "resize", resize, f"0 or at least {least}{head}")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from normlab.lab.models.initialise import initialise_
 
 BLOCKS = ("basic", "bottleneck")
-SHORTCUTS = ("zero-pad", "projection")
+SHORTCUTS = ("zero-pad", "average-pool", "projection")
 
 
 class ZeroPadShortcut(nn.Module):
@@ -38,8 +38,32 @@ class ZeroPadShortcut(nn.Module):
         self.subsample = nn.AvgPool2d(kernel_size=1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(N, C + new_channels, H / stride, W / stride)``."""
+        """Return ``(N, C + new_channels, H / stride, W / stride)``, sizes rounded up."""
         return F.pad(self.subsample(x), (0, 0, 0, 0, 0, self.new_channels))
+
+
+class AveragePoolShortcut(nn.Module):
+    """Stochastic depth's option A: averages over the stride, with zero channels appended.
+
+    The last window of an odd size averages the pixels it has, so that the size is that of a 3x3
+    convolution in the same steps.
+
+    Args:
+        stride: Step between the windows, and their side.
+        new_channels: Number of zero channels to append.
+
+    Source: G. Huang, Y. Sun, Z. Liu, D. Sedra, K. Weinberger, Deep Networks with Stochastic Depth,
+    2016, arXiv:1603.09382.
+    """
+
+    def __init__(self, stride: int, new_channels: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+        self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(N, C + new_channels, H / stride, W / stride)``, sizes rounded up."""
+        return F.pad(self.pool(x), (0, 0, 0, 0, 0, self.new_channels))
 
 
 class BasicBlock(nn.Module):
@@ -49,7 +73,7 @@ class BasicBlock(nn.Module):
         in_channels: Channels coming in.
         channels: Channels of both convolutions.
         stride: Stride of the first convolution.
-        shortcut: ``zero-pad`` or ``projection``, used only where the shape changes.
+        shortcut: One of ``SHORTCUTS``, used only where the shape changes.
     """
 
     expansion = 1
@@ -80,7 +104,7 @@ class Bottleneck(nn.Module):
         in_channels: Channels coming in.
         channels: Channels of the first two convolutions; four times as many go out.
         stride: Stride of the 3x3 convolution.
-        shortcut: ``zero-pad`` or ``projection``, used only where the shape changes.
+        shortcut: One of ``SHORTCUTS``, used only where the shape changes.
     """
 
     expansion = 4
@@ -118,7 +142,7 @@ class ResNet(nn.Module):
         in_channels: Channels of the images.
         num_classes: Number of logits.
         width: Channels of the first convolution.
-        shortcut: ``zero-pad`` or ``projection``.
+        shortcut: One of ``SHORTCUTS``.
     """
 
     def __init__(
@@ -164,7 +188,8 @@ def build(
         depth: Weight layers: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
         width: Channels of the first stage.
         block: ``basic`` or ``bottleneck``.
-        shortcut: ``zero-pad`` (the paper's option A) or ``projection`` (1x1 convolution and norm).
+        shortcut: ``zero-pad`` (the paper's option A), ``average-pool`` (stochastic depth's) or
+            ``projection`` (1x1 convolution and norm).
 
     Raises:
         ValueError: A depth that no n gives, an unknown choice, or inputs that are not images.
@@ -182,8 +207,8 @@ def build(
     for option, value, known in (("block", block, BLOCKS), ("shortcut", shortcut, SHORTCUTS)):
         if value not in known:
             raise ValueError(
-                f"resnet({option}={value!r}): expected {' or '.join(known)}, got {value!r}; "
-                f"choose one of these"
+                f"resnet({option}={value!r}): expected {', '.join(known[:-1])} or {known[-1]}, "
+                f"got {value!r}; choose one of these"
             )
     if width < 1:
         raise ValueError(f"resnet(width={width}): expected at least 1, got {width}; try 16")
@@ -241,6 +266,8 @@ def _downsample(
         return None
     if shortcut == "zero-pad":
         return ZeroPadShortcut(stride, out_channels - in_channels)
+    if shortcut == "average-pool":
+        return AveragePoolShortcut(stride, out_channels - in_channels)
     return nn.Sequential(
         _conv(in_channels, out_channels, kernel_size=1, stride=stride),
         nn.BatchNorm2d(out_channels),
