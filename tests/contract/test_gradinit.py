@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from normlab.catalog import METHODS
 from normlab.inits.gradinit import METHOD, GradInit, gradinit
 from normlab.inits.gradinit_steps import ScaleAdam, halves_of, joined
 from normlab.lab.models import build_model
@@ -384,6 +385,31 @@ def test_other_layers_with_running_statistics_use_those_of_the_batch():
     assert seen == [True]
 
 
+BY_THE_BATCH = [
+    one.with_options(drop_prob=0.0) if "drop_prob" in one.defaults() else one
+    for one in METHODS
+    if one.card.batch_statistics
+]
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+@pytest.mark.parametrize("method", BY_THE_BATCH, ids=lambda method: method.label)
+def test_scales_are_learnt_for_the_function_of_training(method, model):
+    one = case(model, method)
+    prepared = one.prepared()
+    outputs = copy.deepcopy(prepared).train()(one.inputs)
+    loss = F.cross_entropy(outputs, one.targets).item()
+    before = facts(prepared)
+    learner = GradInit(prepared)
+    learner.run(halves_of([(one.inputs, one.targets)]), 1)
+    assert learner.scales != dict.fromkeys(learner.scales, 1.0)
+    found, _ = GradInit(prepared).measure((one.inputs, one.targets))
+    assert found == pytest.approx(loss, rel=1e-5)
+    after = facts(prepared)
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+    assert before[1] == after[1]
+
+
 def test_inputs_may_be_arguments_or_named():
     inputs, targets = tokens()
     offset = torch.ones(12, 1)
@@ -469,6 +495,42 @@ def test_a_state_of_other_weights_is_refused():
     for model in (other, conv()):
         with pytest.raises(ValueError, match="with the weights it has"):
             GradInit(model).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"optimizer": "adam"},
+        {"lr": 0.2},
+        {"scale_lr": 0.02},
+        {"max_norm": 2.0},
+        {"min_scale": 0.02},
+        {"min_bias_scale": 0.02},
+        {"max_scale": 9.0},
+        {"clip": 2.0},
+        {"betas": (0.9, 0.98)},
+        {"eps": 1e-6},
+        {"second_order": True},
+        {"normalize_grad": False},
+        {"shared_second_moment": False},
+        {"normalisers": (nn.Dropout,)},
+    ],
+    ids=str,
+)
+def test_a_state_of_other_options_is_refused(other):
+    state = GradInit(mlp(), **other).state_dict()
+    with pytest.raises(ValueError, match=r"with the options of this one.*; make this one with"):
+        GradInit(mlp()).load_state_dict(state)
+    GradInit(mlp(), **other).load_state_dict(state)
+
+
+def test_what_is_no_state_is_refused():
+    whole = GradInit(mlp()).state_dict()
+    wrong = [{name: whole[name] for name in whole if name != left} for left in whole]
+    wrong.append(whole | {"adam": {"scales": whole["adam"]["scales"]}})
+    for state in (*wrong, {}):
+        with pytest.raises(ValueError, match=r"expected what state_dict\(\) returned, got no '"):
+            GradInit(mlp()).load_state_dict(state)
 
 
 def test_a_stopped_gradinit_leaves_the_model_alone():
@@ -563,6 +625,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_scales_stay():
         {"max_scale": 0.5},
         {"clip": 0.0},
         {"betas": (0.9, 1.0)},
+        {"betas": (0.9,)},
         {"eps": -1e-8},
     ],
     ids=str,
@@ -588,8 +651,11 @@ def test_other_mistakes_are_refused():
         GradInit(mlp()).step(halves[0], (torch.zeros(4, 2).double(), halves[1][1]), halves[2])
     with pytest.raises(ValueError, match=r"pairs \(inputs, targets\)"):
         gradinit(mlp(), [(halves[0][0],)])
-    with pytest.raises(ValueError, match="num_steps=-1"):
-        gradinit(mlp(), [halves[0]], num_steps=-1)
+    for number in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"num_steps={number}.: expected a whole number"):
+            gradinit(mlp(), [halves[0]], num_steps=number)
+    with pytest.raises(ValueError, match=r"gradinit\(max_nrom=.*do you mean 'max_norm'\?"):
+        gradinit(mlp(), [halves[0]], max_nrom=1.0)
     learner = GradInit(mlp())
     learner.finish()
     for call in (

@@ -227,6 +227,57 @@ def test_recurrent_layers_are_copied_converted_and_saved(make):
     assert set(layer.state_dict()) == set(make().state_dict())
 
 
+ATTENTION = {
+    "one matrix": (lambda: nn.MultiheadAttention(4, 2, batch_first=True), (4, 4, 4)),
+    "three matrices": (
+        lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=5, batch_first=True),
+        (4, 3, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "sizes"), ATTENTION.values(), ids=ATTENTION)
+def test_attention_has_a_length_for_each_row(make, sizes):
+    plain = make()
+    inputs = [torch.randn(2, 3, size) for size in sizes]
+    layer = weight_normalize(copy.deepcopy(plain))
+    torch.testing.assert_close(layer(*inputs)[0], plain(*inputs)[0])
+    found = {f"{one.name}.{one.tensor}".lstrip("."): one for one in weight_normed(layer)}
+    weights = [name for name, parameter in plain.named_parameters() if parameter.dim() == 2]
+    assert sorted(found) == sorted(weights)
+    for name, one in found.items():
+        rows = plain.get_parameter(name).norm(dim=1, keepdim=True)
+        torch.testing.assert_close(one.length.detach(), rows)
+        with torch.no_grad():
+            one.length.mul_(1.5)
+            plain.get_parameter(name).mul_(1.5)
+    expected = plain(*inputs)[0]
+    torch.testing.assert_close(layer(*inputs)[0], expected)
+    layer(*inputs)[0].square().sum().backward()
+    assert all(one.length.grad.any() and one.direction.grad.any() for one in found.values())
+    torch.testing.assert_close(copy.deepcopy(layer)(*inputs)[0], expected)
+    remove_weight_norm(layer)
+    torch.testing.assert_close(layer(*inputs)[0], expected)
+    assert set(layer.state_dict()) == set(plain.state_dict())
+
+
+def test_every_weight_of_a_transformer_is_normalised():
+    model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    plain, said = copy.deepcopy(model), []
+    x = torch.randn(6, 3, 4)
+    prepared = prepare(copy.deepcopy(model), settings((3, 4), said))
+    assert said[0] == "4 weights are given by length and direction"
+    assert "not called, left alone: self_attn.out_proj" in said[1]
+    assert "self_attn.in_proj" not in said[1]
+    weight_normalize(model)
+    assert [one.tensor for one in weight_normed(model)].count("in_proj_weight") == 1
+    for mode in (True, False):
+        torch.testing.assert_close(model.train(mode)(x), plain.train(mode)(x))
+        with torch.no_grad():  # torch has a path of its own for it
+            torch.testing.assert_close(model(x), plain(x))
+    prepared(x).sum().backward()
+
+
 def network():
     return nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3, groups=2), nn.Flatten(),
@@ -342,9 +393,30 @@ def zero_depthwise():
     return layer
 
 
+def infinite_row():
+    layer = nn.Linear(3, 2)
+    layer.weight.data[1, 0] = torch.inf
+    return layer
+
+
+def large_half(value, shape=(4096, 2)):
+    layer = nn.Linear(*shape).half()
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+def test_lengths_that_half_precision_holds_are_kept():
+    layer = large_half(500.0)  # squares are out of range, their root is not
+    weight_normalize(layer)
+    assert weight_normed(layer)[0].length.flatten().tolist() == [32000.0, 32000.0]
+    assert (layer.weight == 500.0).all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: large_half(2000.0), "lengths that torch.float16 holds, got inf in units 0, 1;"),
+        (infinite_row, "lengths that torch.float32 holds, got inf in unit 1;"),
         (zero_row, "weight_normalize.1.weight.: expected weights other than zero .* in unit 1;"),
         (nan_channel, "zeros or NaN in unit 3; start them at random"),
         (zero_depthwise, "in unit 1;"),
@@ -492,7 +564,9 @@ def test_every_layer_starts_normalised_on_all_batches(name, mean_only):
     assert len(weighted) == (layers - norms if mean_only else layers)
     assert said[0].startswith(f"{norms} BatchNorm layers became")
     assert said[1] == f"{layers} weights are given by length and direction"
-    assert said[2].startswith(f"{layers} layers start at mean 0 and variance 1")
+    count = layers - norms if mean_only else layers  # the others have no bias to set the mean
+    words = "1 layer starts" if count == 1 else f"{count} layers start"
+    assert said[2].startswith(f"{words} at mean 0 and variance 1")
     model(torch.randn(1, *shape, dtype=torch.float64))
 
 
@@ -548,7 +622,7 @@ def test_models_with_other_layers():
     torch.testing.assert_close(model.recurrent(x)[0], recurrent(x)[0])
     assert said == [
         "3 weights are given by length and direction",
-        "1 layers start at mean 0 and variance 1",
+        "1 layer starts at mean 0 and variance 1",
     ]
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normlab.norms.batch_layer_norm import BatchLayerNorm
 from normlab.norms.batch_norm import SynchronizedBatchNorm
 from normlab.weights.mean_only_batch_norm import MeanOnlyBatchNorm
 from normlab.weights.weight_norm_parametrization import weight_normalize, weight_normed
@@ -138,6 +139,44 @@ def test_dead_units_are_set_to_zero_and_reported():
     output = layer(x)
     torch.testing.assert_close(output[:, 1], torch.zeros(20, dtype=torch.float64))
     assert_standard(output[:, [0, 2]])
+
+
+def test_dead_units_without_a_bias_are_said_to_keep_what_they_give():
+    layer = weight_normalize(nn.Linear(3, 2, bias=False))
+    before = layer(torch.ones(1, 3)).detach()
+    start = data_dependent_start(nn.Sequential(layer), torch.ones(20, 3))
+    torch.testing.assert_close(layer(torch.ones(1, 3)), before)
+    assert start.dead == {"0": (0, 1)}
+    assert str(start) == (
+        "dead units, which the batch does not move, keep what they give, without a bias: 0: 0, 1. "
+        "no bias, so only the variance is set: 0"
+    )
+    both = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3), nn.Linear(3, 1))
+    report = str(data_dependent_start(weight_normalize(both), torch.ones(20, 3)))
+    assert report.startswith("2 layers start at mean 0 and variance 1. dead units, which ")
+    assert "are at 0: 1: 0, 1, 2; 2: 0. dead units" in report
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_layers_with_a_bias_are_said_to_start_at_mean_0(bias):
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU(), nn.Linear(3, 2, bias=bias))
+    report = str(data_dependent_start(weight_normalize(model), torch.randn(30, 4)))
+    if bias:
+        assert report.startswith("1 layer starts at mean 0 and variance 1. no bias")
+    else:
+        assert report == "no bias, so only the variance is set: 0, 2"
+
+
+def test_batch_statistics_of_other_layers_are_those_of_training():
+    layer = BatchLayerNorm(3, nominal_batch_size=30, epoch_steps=5)
+    model = nn.Sequential(nn.Linear(4, 3), layer, nn.ReLU(), nn.Linear(3, 2))
+    weight_normalize(model.double())
+    x = torch.randn(30, 4, dtype=torch.float64) * 5
+    layer.averages("population").batch[1] = 9.0
+    before = copy.deepcopy(layer.state_dict())
+    data_dependent_start(model, x)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert_standard(outputs_of(model.train(), x)["3"][0])
 
 
 @pytest.mark.parametrize(("deviation", "dead"), [(0.99e-5, True), (1.01e-5, False)])

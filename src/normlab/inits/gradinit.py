@@ -28,9 +28,11 @@ Departs:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any
 
@@ -92,6 +94,9 @@ def gradinit(
 ) -> Report:
     """Scale the parameters of a model in place, so that it trains well from its first step.
 
+    A run that is stopped is lost. One that can be resumed is made of `GradInit`, its `state_dict`
+    and ``halves_of(batches, skip=learner.num_halves)``.
+
     Args:
         model: A model initialised by a standard rule. It is changed at the end only, so a run that
             is stopped leaves it as it was.
@@ -106,7 +111,7 @@ def gradinit(
 
     Raises:
         Unsuitable: There is nothing to scale.
-        ValueError: As for `GradInit` and `GradInit.run`.
+        ValueError: An unknown option, and as for `GradInit` and `GradInit.run`.
 
     Example:
         >>> import torch
@@ -118,6 +123,14 @@ def gradinit(
         >>> report.gradient_norm[1] < report.gradient_norm[0], report.loss[1] < report.loss[0]
         (True, True)
     """
+    declared = inspect.signature(GradInit).parameters.values()
+    known = [one.name for one in declared if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"gradinit({name}=...): expected an option of GradInit ({', '.join(known)}), got "
+                f"{name!r}; do you mean {get_close_matches(name, known, 1, cutoff=0.0)[0]!r}?"
+            )
     learner = GradInit(model, loss, **options)
     halves = halves_of(batches)
     first = list(islice(halves, 2))
@@ -226,6 +239,7 @@ CARD = Card(
         arxiv="2102.08098",
         venue="NeurIPS 2021",
     ),
+    batch_of_one="as the model",
     best_for="New architectures without an initialisation of their own, and very deep networks "
     "without normalisers (none+gradinit).",
     limits=(

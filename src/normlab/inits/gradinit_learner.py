@@ -38,9 +38,10 @@ class GradInit:
     """Learns the scales, a step at a time; the model is not changed before `finish`.
 
     During a step dropout is off and batch normalisation uses batch statistics; modes, running
-    statistics, gradients and random numbers are as before afterwards. Models in half precision are
-    scaled by passes in float32. A parameter that is zero has no scale, but takes part in the
-    gradient and in the trial step, as an excluded one does. A bias whose scale reached 0 stays 0.
+    statistics and gradients are as before afterwards. Random numbers are drawn only by models that
+    draw them in evaluation, too. Models in half precision are scaled by passes in float32. A
+    parameter that is zero has no scale, but takes part in the gradient and in the trial step, as an
+    excluded one does. A bias whose scale reached 0 stays 0.
 
     Args:
         model: Any model; what trains of its parameters is scaled, tied ones once.
@@ -64,7 +65,8 @@ class GradInit:
         normalize_grad: Whether SGD's trial step is along g / |g|, otherwise along g.
         shared_second_moment: See `normlab.inits.gradinit_steps.ScaleAdam`.
         exclude: Names of parameters, or of modules with all they hold, that are not scaled.
-        normalisers: Further classes of layers that need training mode to use batch statistics.
+        normalisers: Further classes of layers that need training mode to use batch statistics;
+            see `normlab.inits.gradinit_steps.learning_mode` for those that are known.
 
     Raises:
         Unsuitable: There is nothing to scale.
@@ -114,13 +116,21 @@ class GradInit:
         _require(max_scale >= 1, "max_scale", max_scale, "a number of at least 1")
         _require(max_norm >= 0, "max_norm", max_norm, "a number of at least 0")
         _require(clip > 0, "clip", clip, "a number above 0")
-        _require(all(0 <= one < 1 for one in betas), "betas", betas, "numbers from 0 to below 1")
+        pair = len(betas) == 2 and all(0 <= one < 1 for one in betas)
+        _require(pair, "betas", betas, "two numbers from 0 to below 1")
         _require(0 <= eps < math.inf, "eps", eps, "a finite number of at least 0")
         self.model, self.loss = model, loss
         self._lr, self._max_norm, self._clip = lr, max_norm, clip
         self._second_order, self._normalize_grad = second_order and self._sgd, normalize_grad
         self._normalisers = normalisers
         self._finished = self._checked = False
+        self._options = {
+            "optimizer": optimizer, "lr": lr, "scale_lr": scale_lr, "max_norm": max_norm,
+            "min_scale": min_scale, "min_bias_scale": min_bias_scale, "max_scale": max_scale,
+            "clip": clip, "betas": list(betas), "eps": eps, "second_order": second_order,
+            "normalize_grad": normalize_grad, "shared_second_moment": shared_second_moment,
+            "normalisers": [f"{kind.__module__}.{kind.__qualname__}" for kind in normalisers],
+        }  # fmt: skip
 
         left_out = _excluded(model, exclude)
         self._trained = {
@@ -218,13 +228,14 @@ class GradInit:
 
         Args:
             halves: Half-batches, drawn in order; see `halves_of`.
-            num_steps: The number of steps, at least 0.
+            num_steps: The number of steps, a whole one of at least 0.
             progress: Is given each step; it may raise to stop.
 
         Raises:
             ValueError: As for `step`, or the halves are used up.
         """
-        _require(num_steps >= 0, "num_steps", num_steps, "a number of at least 0")
+        whole = isinstance(num_steps, int) and num_steps >= 0
+        _require(whole, "num_steps", num_steps, "a whole number of at least 0")
 
         def draw() -> Half:
             for half in halves:
@@ -260,19 +271,32 @@ class GradInit:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumption needs beside the model, which is as it was at the start."""
-        return {"norms": dict(self._norms), "adam": self._adam.state_dict()}
+        return {
+            "norms": dict(self._norms),
+            "options": dict(self._options),
+            "adam": self._adam.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state.
 
         Args:
-            state: What `state_dict` returned, for the same model with the same start.
+            state: What `state_dict` returned, for the same model with the same start, and with the
+                same options; that the loss and the batches are the same is not seen.
 
         Raises:
-            ValueError: It belongs to another model, or to other weights.
+            ValueError: It belongs to another model, to other weights or options, or is no state.
         """
         self._check_unfinished("load_state_dict")
-        norms, mine = state.get("norms", {}), self._norms
+        whole = self.state_dict()
+        missing = [name for name in whole if name not in state]
+        missing = missing or [name for name in whole["adam"] if name not in state["adam"]]
+        if missing:
+            raise ValueError(
+                "GradInit.load_state_dict(state): expected what state_dict() returned, got no "
+                f"{missing[0]!r} in it; begin anew"
+            )
+        norms, mine = state["norms"], self._norms
         same = list(norms) == list(mine) and all(
             # Another machine may round a norm otherwise.
             math.isclose(norms[name], norm, rel_tol=1e-4)
@@ -284,6 +308,14 @@ class GradInit:
                 "with the weights it has, got that of others; load the weights that it started "
                 "from, first"
             )
+        for name, value in self._options.items():
+            if state["options"].get(name) != value:
+                other = state["options"].get(name)
+                raise ValueError(
+                    "GradInit.load_state_dict(state): expected the state of a GradInit with the "
+                    f"options of this one, {name}={value!r} among them, got one of {name}="
+                    f"{other!r}; make this one with those"
+                )
         self._adam.load_state_dict(state["adam"])
 
     def _scaled(self) -> dict[str, Tensor]:

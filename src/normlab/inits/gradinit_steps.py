@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from normlab.moments import wide
-from normlab.surgery.flow import evaluating
+from normlab.surgery.flow import evaluating, normalises_by_batch
 
 Half = tuple[Any, Any]
 """Inputs and targets: tensors, or tuples and dictionaries of tensors, samples first."""
@@ -92,9 +91,9 @@ def learning_mode(
 ) -> Iterator[None]:
     """Evaluation mode, but with batch statistics and with gradients; modes are restored.
 
-    Layers with running statistics (BatchNorm, its subclasses, whatever owns a ``running_mean``)
-    are in training mode, and so are ``normalisers``. Attention runs in the form that can be
-    differentiated twice, and autocast is off.
+    Layers by the batch are in training mode: BatchNorm and its subclasses, whatever owns a buffer
+    ``running_mean``, classes that say ``batch_statistics = True``, and ``normalisers``. Attention
+    runs in the form that can be differentiated twice, and autocast is off.
     """
     kind = next((p.device.type for p in model.parameters()), "cpu")
     with (
@@ -104,7 +103,7 @@ def learning_mode(
         torch.enable_grad(),
     ):
         for module in model.modules():
-            if isinstance(module, (_BatchNorm, *normalisers)) or "running_mean" in module._buffers:
+            if normalises_by_batch(module) or isinstance(module, normalisers):
                 module.training = True
         yield
 

@@ -17,8 +17,7 @@ Departs:
     - Batches count by their size. Where each has a single value for a moment the source divides by
       zero; here evaluation refuses.
     - The source ends an epoch of averaging in a callback; here `population_epoch` does, or the
-      layer after ``epoch_steps`` batches. `METHOD` takes a tenth of the training for an epoch, as
-      a method is not told how long one is.
+      layer after ``epoch_steps`` batches. `METHOD` takes a tenth of the training for an epoch.
 """
 
 from __future__ import annotations
@@ -107,6 +106,8 @@ class BatchLayerNorm(nn.Module):
         >>> norm(lstm(torch.randn(4, 7, 3))[0]).shape
         torch.Size([4, 7, 16])
     """
+
+    batch_statistics = True  # in training mode only
 
     def __init__(
         self,
@@ -208,9 +209,8 @@ class BatchLayerNorm(nn.Module):
                     population.take(epoch, epoch.counts[0] >= self.epoch_steps)
             size = summary.num_samples if self.batch_size == "actual" else size
         else:
-            asked = self.population
-            kept = self.population_moments(asked) if any(asked) else None
-            moments = evaluation_moments(wide(x), self.spatial, asked, kept)
+            kept = self.population_moments(self.population) if any(self.population) else None
+            moments = evaluation_moments(wide(x), self.spatial, self.population, kept)
         weights = self.weights or blend_weights(size, self.zeta, self.weighting)
         y = blend(x, moments, weights, self.weight, self.bias, self.eps, self.scale_by_dim)
         return y if self.feature_dim == 1 else y.movedim(1, -1)

@@ -16,8 +16,9 @@ Source: T. Salimans, D. P. Kingma, "Weight Normalization: A Simple Reparameteriz
 Training of Deep Neural Networks", 2016, arXiv 1602.07868.
 
 Departs:
-    - Dead units are reported and left at 0, the start runs without noise, and weights of zeros are
-      refused: see `normlab.weights.weight_norm_start` and `weight_norm_parametrization`.
+    - Dead units are reported and, by the bias, set to 0, the start runs without noise, and weights
+      of zeros are refused: see `normlab.weights.weight_norm_start` and
+      `weight_norm_parametrization`.
     - `prepare` keeps the weights that the model has as directions; the paper draws them with a
       deviation of 0.05 (option ``v_std``). The start makes the function the same for any length of
       v, but a step turns v by the more the shorter it is: narrow layers diverged from 0.05 under
@@ -247,7 +248,7 @@ CARD = Card(
         "Deep networks need the data-dependent start.",
         "The start sets lengths and biases anew: a trained network that is converted keeps the "
         "directions of its weights only, and has to be trained further.",
-        "Recurrent layers are normalised, but have no data-dependent start.",
+        "Recurrent and attention layers are normalised, but have no data-dependent start.",
     ),
     departures=(
         "Dead units of the start keep their length, give 0 and are reported.",

@@ -31,6 +31,8 @@ from normlab.method import Unsuitable
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+WITHOUT_START = (*RECURRENT, nn.MultiheadAttention)
+"""Layers whose pre-activations stay inside, where no data-dependent start sees them."""
 
 WeightLayer: TypeAlias = (
     nn.Linear
@@ -126,9 +128,10 @@ def weight_normalize(model: nn.Module, *, skip: Iterable[nn.Module] = ()) -> nn.
 
     One length g for each output unit: a row of a linear layer, a filter of a convolution (its
     output channel where it is transposed), a row of each input and each recurrent weight of an
-    ``nn.RNN``, ``nn.LSTM``, ``nn.GRU`` or cell. Weights that do not train are left alone. The
-    parameters are new ones: make the optimiser afterwards. With several processes, call it before
-    the model is wrapped.
+    ``nn.RNN``, ``nn.LSTM``, ``nn.GRU`` or cell, a row of each weight of an
+    ``nn.MultiheadAttention``. Weights that do not train are left alone. The parameters are new
+    ones: make the optimiser afterwards. With several processes, call it before the model is
+    wrapped.
 
     Args:
         model: The model, changed in place.
@@ -138,9 +141,9 @@ def weight_normalize(model: nn.Module, *, skip: Iterable[nn.Module] = ()) -> nn.
         The model.
 
     Raises:
-        Unsuitable: There is nothing to normalise, a unit's weights are all zero, a weight is
-            parametrised already, has no values yet, or is shared by several places. The model is
-            not changed then.
+        Unsuitable: There is nothing to normalise, a unit's weights are all zero or their length is
+            out of range, a weight is parametrised already, has no values yet, or is shared by
+            several places. The model is not changed then.
 
     Example:
         >>> model = weight_normalize(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
@@ -206,10 +209,11 @@ def trained_weights(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
             tensors = ["weight"]
-        elif isinstance(layer, RECURRENT):
+        elif isinstance(layer, WITHOUT_START):
             # Those behind a parametrisation are attributes of the class, no longer parameters.
             parametrised = [tensor for tensor, _ in _chains(layer)]
-            tensors = [t for t in (*layer._parameters, *parametrised) if t.startswith("weight_")]
+            own = [name for name, parameter in layer._parameters.items() if parameter is not None]
+            tensors = [t for t in (*own, *parametrised) if _is_weight(layer, t)]
         else:
             continue
         for tensor in tensors:
@@ -217,6 +221,12 @@ def trained_weights(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
             if weight is None or weight.requires_grad:
                 found.append((name, layer, tensor))
     return found
+
+
+def _is_weight(layer: nn.Module, tensor: str) -> bool:
+    if isinstance(layer, nn.MultiheadAttention):
+        return tensor.endswith("proj_weight")
+    return tensor.startswith("weight_")
 
 
 def check_weights(
@@ -251,12 +261,20 @@ def check_weights(
         elif layer not in drawn and not weight.is_meta:
             norms = _parametrization_norms(layer, weight)
             zeros = torch.nonzero(~(norms > 0)).flatten().tolist()
+            large = torch.nonzero(norms.isinf()).flatten().tolist()
             if zeros:
                 _refuse(
                     label,
                     "weights other than zero in every unit",
                     f"zeros or NaN in {_few(zeros)}",
                     "start them at random (weight-norm:v_std=0.05 does), or name the layer in skip",
+                )
+            if large:
+                _refuse(
+                    label,
+                    f"lengths that {weight.dtype} holds",
+                    f"inf in {_few(large)}",
+                    "take smaller weights, or float32",
                 )
 
 

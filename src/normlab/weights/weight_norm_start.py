@@ -16,15 +16,16 @@ Training of Deep Neural Networks", 2016, arXiv 1602.07868.
 Departs:
     - Dropout and other noise are off in the pass unless ``noise=True``; the public code leaves them
       on.
-    - A dead unit, whose deviation is below 1e-5, keeps its length and gives 0; the paper and the
-      public code divide by zero, or by something tiny, which makes the length huge.
+    - A dead unit, whose deviation is below 1e-5, keeps its length and, where its layer has a bias,
+      gives 0; the paper and the public code divide by zero, or by something tiny, which makes the
+      length huge.
     - The running mean of a `MeanOnlyBatchNorm` starts at the batch's mean instead of 0, so that
       evaluation is right before the first step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -33,10 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from normlab.moments import wide
+from normlab.surgery.flow import normalises_by_batch
 from normlab.weights.mean_only_batch_norm import MeanOnlyBatchNorm
 from normlab.weights.weight_norm_parametrization import (
     CONVOLUTIONS,
-    RECURRENT,
+    WITHOUT_START,
     WeightLayer,
     WeightNormed,
     weight_normed,
@@ -54,8 +56,8 @@ class Start:
         dead: The units that the batch does not move, by layer.
         without_bias: The layers that have no bias, whose mean therefore stays.
         repeated: The layers that were called again; their first call decided.
-        unreached: The weight-normalised layers that were not called; recurrent layers, which have
-            no such start, are not counted.
+        unreached: The weight-normalised layers that were not called; the input weights of
+            attention and recurrent layers, which have no such start, are not counted.
     """
 
     started: tuple[str, ...]
@@ -66,10 +68,20 @@ class Start:
 
     def __str__(self) -> str:
         """One sentence about what was done, and one about each thing to know."""
-        parts = [f"{len(self.started)} layers start at mean 0 and variance 1"]
-        if self.dead:
-            units = "; ".join(f"{name}: {_few(list(dead))}" for name, dead in self.dead.items())
-            parts.append(f"dead units, which the batch does not move, are at 0: {units}")
+        centred = [name for name in self.started if name not in self.without_bias]
+        parts = []
+        if centred:
+            layers = "1 layer starts" if len(centred) == 1 else f"{len(centred)} layers start"
+            parts.append(f"{layers} at mean 0 and variance 1")
+        for names, what in (
+            (centred, "are at 0"),
+            (self.without_bias, "keep what they give, without a bias"),
+        ):
+            units = [f"{name}: {_few(self.dead[name])}" for name in names if name in self.dead]
+            if units:
+                parts.append(
+                    f"dead units, which the batch does not move, {what}: {'; '.join(units)}"
+                )
         for names, what in (
             (self.without_bias, "no bias, so only the variance is set"),
             (self.repeated, "called several times, the first call decided"),
@@ -84,10 +96,11 @@ class Start:
 def data_dependent_start(model: nn.Module, *inputs: Any, noise: bool = False) -> Start:
     """Set lengths and biases so that each pre-activation has mean 0 and variance 1 on a batch.
 
-    The pass runs without noise: every module is in evaluation mode but normalisers by the batch,
-    which normalise as in training. Modes and running statistics are as before afterwards. With
-    several processes give each the same inputs, or start before the model is wrapped: DDP then
-    hands on what the first process has.
+    The pass runs without noise: every module is in evaluation mode but normalisers by the batch
+    (those with running statistics, and classes that say ``batch_statistics = True``), which
+    normalise as in training. Of a layer without a bias only the variance is set. Modes and running
+    statistics are as before afterwards. With several processes give each the same inputs, or start
+    before the model is wrapped: DDP then hands on what the first process has.
 
     Args:
         model: A model with weight-normalised layers, changed in place.
@@ -110,7 +123,8 @@ def data_dependent_start(model: nn.Module, *inputs: Any, noise: bool = False) ->
         >>> torch.allclose(model(x).std(0, correction=0), torch.ones(2))
         True
     """
-    found = {one.layer: one for one in weight_normed(model) if not isinstance(one.layer, RECURRENT)}
+    every = weight_normed(model)
+    found = {one.layer: one for one in every if not isinstance(one.layer, WITHOUT_START)}
     if not found:
         raise ValueError(
             "data_dependent_start(model): expected weight-normalised linear or convolutional "
@@ -220,7 +234,7 @@ def _modes_and_buffers(model: nn.Module, noise: bool) -> Iterator[None]:
     try:
         model.train(noise)
         for module in model.modules():
-            if isinstance(module, (nn.modules.batchnorm._NormBase, MeanOnlyBatchNorm)):
+            if normalises_by_batch(module):
                 module.training = True
         for module in mean_only:
             module.momentum = 1.0
@@ -237,6 +251,6 @@ def _modes_and_buffers(model: nn.Module, noise: bool) -> Iterator[None]:
             module.running_mean.copy_(mean)
 
 
-def _few(units: list[int]) -> str:
+def _few(units: Sequence[int]) -> str:
     shown = ", ".join(map(str, units[:8]))
     return shown if len(units) <= 8 else f"{shown}, ... ({len(units)} in all)"
