@@ -96,16 +96,27 @@ def epoch(depth: int, width: int, batches: Batches) -> dict:
     for number in range(batches.steps_per_epoch):
         losses.append(training.step(*batches.batch(0, number)))
         print(f"step {number + 1}: loss {losses[-1]:.4f}", file=sys.stderr)
-    return {
+    seconds = time.perf_counter() - start
+    # One step more, because to count bytes takes time.
+    parameters = list(training.model.parameters())
+    states = training.optimizer.state.values()
+    momentum = [value for state in states for value in state.values() if value is not None]
+    with TensorMemory([*parameters, *momentum]) as memory:
+        training.step(*batches.batch(0, 0))
+    found = {
         "depth": depth,
         "batch_size": batches.batch_size,
         "steps": len(losses),
         "planning_seconds": round(training.checkpointing, 1),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(seconds, 1),
+        "peak_bytes_of_a_step": memory.peak,
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
         "finite": all(math.isfinite(loss) for loss in losses),
     }
+    size = f"{memory.peak / 2**20:.0f} MiB of tensors"
+    print(f"one epoch of {depth} layers: {found['seconds']} s, {size}", file=sys.stderr)
+    return found
 
 
 def main() -> None:

@@ -89,6 +89,11 @@ def convert(
     """
     method = find_method(method) if isinstance(method, str) else method
     operation = f"convert to {method.label}"
+    if not method.changes_model:
+        raise Unsuitable(
+            f"{operation}(model): expected a method that changes the model, got one that acts in "
+            "training alone; use its parts in the training loop"
+        )
     found = _examine(operation, model, example)
     held = _named(operation, model, skip)
     reasons = {one.name: "you asked to skip it" for one in found if one.module in _inside(held)}

@@ -421,6 +421,64 @@ def test_hooks_of_a_sequential_in_a_sequential_are_called():
     assert any("3" in segment.names for segment in model.segments)
 
 
+def test_hooks_that_come_later_are_called_and_may_go_again():
+    shared = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), shared, nn.Tanh(), shared)
+    x, called = torch.randn(2, 8), []
+    expected = observe_chain(copy.deepcopy(model), x)
+    checkpoint_activations(model, 6)
+    handle = shared.register_forward_hook(lambda *_: called.append(1))
+    for one, two in zip(observe_chain(model, x), expected, strict=True):
+        torch.testing.assert_close(one, two)
+    assert 2 <= len(called) <= 4
+    handle.remove()
+    for one, two in zip(observe_chain(model, x), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def observe_chain(model, x):
+    y = model(x)
+    return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+
+
+class ActsFirst(nn.Module):
+    """A block that changes its input in place, as pre-activation blocks may."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act, self.linear = act, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(self.act(x))
+
+
+class ActsByFunction(ActsFirst):
+    def forward(self, x):
+        return self.linear(nn.functional.silu(x, inplace=True))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ActsFirst(nn.SiLU(True)), lambda: ActsByFunction(nn.Tanh())]
+)
+def test_blocks_whose_first_act_is_in_place(make):
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(8, 8), make())]
+    model, x = nn.Sequential(*layers), torch.randn(3, 8)
+    expected = observe_chain(copy.deepcopy(model), x)
+    checkpoint_activations(model, 4, example=x)
+    for one, two in zip(observe_chain(model, x), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_first_layer_that_acts_in_place_is_seen_without_an_example():
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(8, 8), ActsFirst(nn.ReLU(True)))]
+    model, x = nn.Sequential(*layers), torch.randn(3, 8)
+    expected = observe_chain(copy.deepcopy(model), x)
+    for one, two in zip(observe_chain(checkpoint_activations(model, 4), x), expected, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="got Linear without any; put the repeated layers"):
         checkpoint_activations(nn.Linear(2, 2))

@@ -227,6 +227,12 @@ def test_the_training_pass_leaves_no_trace():
     assert all(torch.equal(value, statistics[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("label", ["lars", "mixup", "lookahead+sam"])
+def test_methods_that_act_in_training_alone_are_refused(label):
+    with pytest.raises(Unsuitable, match=r"acts in training alone; use its parts in the training"):
+        convert(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), label, torch.randn(4, 4))
+
+
 def test_optimisers_follow_and_come_back():
     model = network()
     weights = [p for p in model.parameters() if p.dim() > 1]

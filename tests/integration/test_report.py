@@ -246,6 +246,14 @@ def test_a_style_is_the_same_on_every_page():
     assert variant == colours.styles(cards_of(("group-norm:groups=4", 17)))
 
 
+def test_a_colour_that_is_taken_gives_way_to_a_free_one():
+    cards = cards_of(("batch-norm", 0), ("lars", 8), ("lars+sam", 16), ("group-norm", 1))
+    found = colours.styles(cards)
+    assert len({style.light for style in found.values()}) == 4
+    assert found["batch-norm"].light == colours.LIGHT[0]
+    assert found["group-norm"].light == colours.LIGHT[1]
+
+
 def test_no_two_methods_of_a_page_look_alike():
     crowd = [(f"method-{index}", index % 10) for index in range(48)]
     found = colours.styles(cards_of(*crowd))

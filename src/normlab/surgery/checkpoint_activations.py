@@ -41,6 +41,7 @@ class CheckpointedSequential(nn.Sequential):
     """
 
     segments: tuple[_Segment, ...] = ()
+    layers: tuple[str, ...] = ()
 
     def forward(self, input: Any) -> Any:
         """Return what the layers in a row make of the input.
@@ -50,14 +51,18 @@ class CheckpointedSequential(nn.Sequential):
         """
         if not torch.is_grad_enabled():
             return super().forward(input)
-        if sum(len(segment.names) for segment in self.segments) != _count(self):
+        present = tuple(_names(self, whole_if_hooked=False))
+        if present != self.layers:
             raise ValueError(
                 "CheckpointedSequential.forward(input): expected the layers it was planned with, "
-                f"got {_count(self)} of them; call checkpoint_activations(model) again"
+                f"got {len(present)} of them; call checkpoint_activations(model) again"
             )
+        called: set[str] = set()
         for names, recomputed in self.segments:
-            layers = [self.get_submodule(name) for name in names]
-            if recomputed:
+            own = dict.fromkeys(_called_for(self, name) for name in names)
+            layers = [self.get_submodule(name) for name in own if name not in called]
+            called.update(own)
+            if recomputed and layers:
                 run, contexts = partial(_run, layers), partial(_contexts, layers)
                 input = checkpoint(run, input, use_reentrant=False, context_fn=contexts)
             else:
@@ -141,6 +146,7 @@ def checkpoint_activations(
         )
         run.__class__ = CheckpointedSequential
         run.segments = planned  # pyright: ignore[reportArgumentType]
+        run.layers = tuple(_names(run, whole_if_hooked=False))  # pyright: ignore[reportArgumentType]
     return model
 
 
@@ -162,19 +168,27 @@ def _runs(model: nn.Module) -> list[tuple[nn.Sequential, list[nn.Module]]]:
     return list(found.values())
 
 
-def _names(sequence: nn.Sequential) -> Iterator[str]:
+def _names(sequence: nn.Sequential, whole_if_hooked: bool = True) -> Iterator[str]:
     """Yield the names of the layers that a Sequential calls in a row, nested ones included."""
     for name, child in sequence._modules.items():
         # A hook is called with its module, so a Sequential with hooks stays one layer.
-        if _is_sequential(child) and not any(getattr(child, kind) for kind in _HOOKS):
+        if _is_sequential(child) and not (whole_if_hooked and _has_hooks(child)):
             assert isinstance(child, nn.Sequential)
-            yield from (f"{name}.{inner}" for inner in _names(child))
+            yield from (f"{name}.{inner}" for inner in _names(child, whole_if_hooked))
         else:
             yield name
 
 
-def _count(sequence: nn.Sequential) -> int:
-    return sum(1 for _ in _names(sequence))
+def _called_for(sequence: nn.Sequential, name: str) -> str:
+    """Return the name of the outermost Sequential around a layer that has hooks, or the layer's."""
+    outer = accumulate(name.split("."), lambda *names: ".".join(names))
+    modules = ((around, sequence.get_submodule(around)) for around in outer)
+    hooked = (around for around, module in modules if _is_sequential(module) and _has_hooks(module))
+    return next(hooked, name)
+
+
+def _has_hooks(module: nn.Module | None) -> bool:
+    return any(getattr(module, kind) for kind in _HOOKS)
 
 
 def _is_sequential(module: nn.Module | None) -> bool:
@@ -182,20 +196,25 @@ def _is_sequential(module: nn.Module | None) -> bool:
 
 
 def _works_in_place(layer: nn.Module) -> bool:
-    return bool(getattr(layer, "inplace", False))
+    first = next(module for module in layer.modules() if not any(True for _ in module.children()))
+    return bool(getattr(layer, "inplace", False) or getattr(first, "inplace", False))
 
 
 class _Measured:
-    """What each layer saved in one pass: bytes, bytes of its input, and when it was called."""
+    """What each layer saved in one pass: bytes, bytes of its input, and when it was called.
+
+    And which layers changed what they were given.
+    """
 
     def __init__(self) -> None:
         self.saved: dict[int, int] = {}
         self.inputs: dict[int, int] = {}
+        self.in_place: set[int] = set()
 
     def layer(self, layer: nn.Module) -> Layer:
         key = id(layer)
         return Layer(
-            self.saved.get(key, 0), self.inputs.get(key, 0), not_first=_works_in_place(layer)
+            self.saved.get(key, 0), self.inputs.get(key, 0), not_first=key in self.in_place
         )
 
     def order(self, layers: list[nn.Module]) -> int:
@@ -208,17 +227,21 @@ def _measure(
 ) -> _Measured:
     found = _Measured()
     inside: list[tuple[int, set[int]]] = []
+    versions: list[list[tuple[Tensor, int]]] = []
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def enter(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         key, tensors = id(layer), [value for value in inputs if isinstance(value, Tensor)]
         # What comes in was counted with the layer that made it.
         inside.append((key, own | {tensor.untyped_storage().data_ptr() for tensor in tensors}))
+        versions.append([(tensor, tensor._version) for tensor in tensors])
         found.saved.setdefault(key, 0)
         found.inputs[key] = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def leave(layer: nn.Module, inputs: Any, output: Any) -> None:
-        inside.pop()
+        key, _ = inside.pop()
+        if any(tensor._version != version for tensor, version in versions.pop()):
+            found.in_place.add(key)
 
     def keep(tensor: Tensor) -> None:
         # Nothing is held, so the pass needs the memory of one without gradients.

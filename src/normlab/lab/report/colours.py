@@ -2,8 +2,9 @@
 
 The eight colours are Okabe and Ito's hues, shifted until every pair stays apart for the three
 kinds of colour blindness (by simulation, in the light and the dark form) and every one stands
-out from the page; a test holds them to that. A method's place in the catalogue picks its colour;
-after eight methods the colours come round again with another dash and another marker.
+out from the page; a test holds them to that. A method's place in the catalogue picks its colour,
+unless another method of the page has it; after eight methods the colours come round again with
+another dash and another marker.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 LIGHT = (
@@ -70,9 +72,9 @@ def styles(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
     """Return the style of each method of one page.
 
     A plain method stands at its card's ``order``; a composite, a variant with options or a method
-    outside the catalogue at a hash of its label. Two methods at one place on the same page are
-    told apart by the next free dash: the one with the lower order keeps the place, among equals
-    the one whose label sorts first.
+    outside the catalogue at a hash of its label. Of two methods with one colour on the same page
+    the one with the lower order keeps it, among equals the one whose label sorts first; the other
+    gets the next free colour, or with none left the next free dash.
 
     Args:
         cards: Label to card.
@@ -93,13 +95,20 @@ def styles(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
     for label in sorted(cards, key=key):
         order = _order(label, cards[label])
         first = (_hash(label) if order is None else order) % _PLACES
-        # Eight further is the same colour with the next dash; after all dashes, the next colour.
-        candidates = (
+        taken = set(places.values())
+        used = {place % len(LIGHT) for place in taken}
+        # The next colours with the same dash; then, eight further each, the next dashes of each.
+        row, slot = divmod(first, len(LIGHT))
+        fresh = (row * len(LIGHT) + (slot + step) % len(LIGHT) for step in range(len(LIGHT)))
+        dashes = (
             (first + step * len(LIGHT) + step // len(DASHES)) % _PLACES for step in range(_PLACES)
         )
-        taken = set(places.values())
+        candidates = chain(
+            (place for place in fresh if place % len(LIGHT) not in used),
+            (place for place in dashes if place not in taken),
+        )
         # With more methods on a page than there are places, two must look alike.
-        places[label] = next((place for place in candidates if place not in taken), first)
+        places[label] = next(candidates, first)
     return {label: _style(places[label]) for label in cards}
 
 

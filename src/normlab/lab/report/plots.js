@@ -263,7 +263,9 @@
       const costs = methods.map((method) => method.cost[name].mean);
       const ends = methods.flatMap(({ final }) => [final.mean, final.low, final.high]);
       plan.xaxis.range = around(costs);
-      plan.yaxis.range = around(ends.filter((value) => value != null));
+      const [lowest, highest] = around(ends.filter((value) => value != null));
+      // With two seeds an interval may reach beyond what an accuracy can be.
+      plan.yaxis.range = [Math.max(lowest, -0.02), Math.min(highest, 1.02)];
       if (name === "memory") {
         const [low, high] = plan.xaxis.range;
         const step = 2 ** Math.ceil(Math.log2((high - low) / 6));

@@ -157,10 +157,13 @@ def _by_how_much(method: MethodSummary, reference: MethodSummary, digits: int) -
         return f"{place}; {over} is significant ({found})."
     assert test.interval is not None
     low, high = (words.points(end, digits, sign=True) for end in test.interval)
-    return (
-        f"{place}; {over} is not significant ({found}): "
-        f"anything from {low} to {high} points would fit the seeds."
+    alone = test.interval[0] > 0 or test.interval[1] < 0
+    meaning = (
+        f"by itself it would be {low} to {high} points, but it is one of several that were tested."
+        if alone
+        else f"anything from {low} to {high} points would fit the seeds."
     )
+    return f"{place}; {over} is not significant ({found}): {meaning}"
 
 
 def _others(summary: Summary, ranked: list[MethodSummary]) -> list[str]:
