@@ -27,75 +27,14 @@ from torch import Tensor, nn
 
 from common import environment, write
 from layer_steps import ALLOCATOR
-from normlab.lab.models import build_model
-from normlab.method import Setting
-from normlab.regularizers.block_gates import draw_gates, expected_depth, survival_probs
-from normlab.regularizers.stochastic_depth import METHOD, gates_of
+from normlab.lab.claims.stochastic_depth import TimedStep, representative, time_in_turn
+from normlab.regularizers.block_gates import expected_depth, survival_probs
 
-BATCH, SIZE, CLASSES = 128, 32, 10
+BATCH = 128
 GOAL = 0.05
-WARM_UP, REPEATS = 1, 2
 
 
-def representative(probs: tuple[float, ...], stage: int, seed: int) -> tuple[bool, ...]:
-    """Return gates with the expected number of open blocks in each stage.
-
-    Where that number is not whole it is rounded up in as many of the seeds as its fraction says.
-
-    Args:
-        probs: The probability of each block.
-        stage: The number of blocks in a stage.
-        seed: Tells the draws apart.
-    """
-    found: list[bool] = []
-    for number, start in enumerate(range(0, len(probs), stage)):
-        part = probs[start : start + stage]
-        whole, fraction = divmod(expected_depth(part), 1)
-        # Twenty seeds in a row round up in the share that the fraction says.
-        wanted = int(whole) + ((seed * 7 % 20 + 0.5) / 20 < fraction)
-        step = 0
-        while sum(gates := draw_gates(part, 1000 * seed + number, step)) != wanted:
-            step += 1
-        found += gates
-    return tuple(found)
-
-
-class Step:
-    """A training step of one network on one batch."""
-
-    def __init__(self, depth: int, inputs: Tensor, targets: Tensor, options: dict | None) -> None:
-        torch.manual_seed(0)
-        self.model = build_model("resnet", tuple(inputs.shape[1:]), CLASSES, depth=depth)
-        self.inputs, self.targets = inputs, targets
-        self.gates = None
-        if options is not None:
-            setting = Setting(batches=((inputs, targets),))
-            self.model = METHOD.with_options(**options).prepare(self.model, setting)
-            self.gates = gates_of(self.model)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True
-        )
-        if self.gates is not None:
-            self.gates.attach(self.model, self.optimizer)
-
-    def __call__(self, gates: tuple[bool, ...]) -> float:
-        """Take a step under these gates and return its CPU time."""
-        start = time.thread_time()
-        if self.gates is None:
-            self._step()
-        else:
-            with self.gates.holding(gates):
-                self._step()
-        return time.thread_time() - start
-
-    def _step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = nn.functional.cross_entropy(self.model(self.inputs), self.targets)
-        loss.backward()
-        self.optimizer.step()
-
-
-def stage_shares(steps: dict[str, Step], blocks: int, rounds: int) -> list[float]:
+def stage_shares(steps: dict[str, TimedStep], blocks: int, rounds: int) -> list[float]:
     """Return the part of a plain step that lies in each stage's branches.
 
     What a step takes with all gates closed is not theirs; the rest is divided in the proportion of
@@ -136,26 +75,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     before = environment()
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
-    targets = torch.arange(BATCH) % CLASSES
     steps = {
-        "plain": Step(arguments.depth, inputs, targets, None),
-        "stochastic": Step(arguments.depth, inputs, targets, {}),
-        "masked": Step(arguments.depth, inputs, targets, {"mode": "mask"}),
+        "plain": TimedStep(arguments.depth, BATCH, None),
+        "stochastic": TimedStep(arguments.depth, BATCH, {}),
+        "masked": TimedStep(arguments.depth, BATCH, {"mode": "mask"}),
     }
     blocks = (arguments.depth - 2) // 2
     probs = survival_probs(blocks)
     plans = [representative(probs, blocks // 3, seed) for seed in range(arguments.rounds)]
-    for _ in range(WARM_UP):
-        for step in steps.values():
-            step((True,) * blocks)
     rows = []
-    for number, gates in enumerate(plans):
-        names = list(steps) if number % 2 else list(steps)[::-1]
-        times = [{name: steps[name](gates) for name in names} for _ in range(REPEATS)]
-        rows.append({name: min(row[name] for row in times) for name in steps})
-        print(f"round {number + 1}: {rows[-1]}", file=sys.stderr)
+    for row in time_in_turn(steps, plans):
+        rows.append(row)
+        print(f"round {len(rows)}: {row}", file=sys.stderr)
 
     sums = {name: sum(row[name] for row in rows) for name in steps}
     ratio = sums["stochastic"] / sums["plain"]
@@ -169,7 +100,7 @@ def main() -> None:
     result = {
         "what": f"CPU time of a training step of ResNet-{arguments.depth} with stochastic depth "
         "over that of the plain network, beside what the blocks that are computed let expect",
-        "batch": [BATCH, 3, SIZE, SIZE],
+        "batch": list(steps["plain"].inputs.shape),
         "clock": "CPU time of one thread; the sum over the rounds, in which the networks take "
         "turns and the shorter of two times counts",
         "gates": "representative: each stage has its expected number of open blocks, rounded up "

@@ -8,7 +8,8 @@ from torch import distributed, nn
 
 from normlab.lab.models import build_model
 from normlab.method import Setting
-from normlab.regularizers.stochastic_depth import METHOD, gates_of
+from normlab.regularizers.block_gates import BlockGates
+from normlab.regularizers.stochastic_depth import METHOD, StochasticBranch, gates_of
 
 PROCESSES, STEPS = 2, 6
 CASES = {
@@ -17,6 +18,7 @@ CASES = {
     "mask": {"mode": "mask"},
     "frozen": {"freeze_skipped": True},
     "checkpointed": {},
+    "unattached": {},
 }
 
 
@@ -38,11 +40,15 @@ def train(options, case, rank=None):
             norm = nn.GroupNorm(2, module.num_features).double()
             setattr(model.get_submodule(parent), child, norm)
     local = batches()
-    setting = Setting(batches=((local[0][0], torch.zeros(4)),))
+    generator = torch.Generator()
+    # Seed plus rank, as one has it where the processes' noise is to differ.
+    generator.manual_seed(generator.initial_seed() + (rank or 0))
+    setting = Setting(batches=((local[0][0], torch.zeros(4)),), generator=generator)
     method = METHOD.with_options(**options)
     model = method.prepare(model, setting)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-    method.attach(model, optimizer, setting)
+    if case != "unattached":
+        method.attach(model, optimizer, setting)
     if case == "checkpointed":
         from normlab.surgery.checkpoint_activations import checkpoint_activations
 
@@ -60,6 +66,23 @@ def train(options, case, rank=None):
     return {"gates": gates, "weights": model.state_dict()}
 
 
+def drawn_by_hand(rank):
+    """Return seed, step and gates of gates that each process made and moved on its own."""
+    found = []
+    for way in ("follow", "attach"):
+        branch = nn.Linear(2, 2)
+        gates = BlockGates((0.5,) * 8, seed=10 * rank)
+        gates.step = 3 + rank
+        model = StochasticBranch(branch, gates, 0)
+        if way == "follow":
+            gates.follow(model)
+            model(torch.ones(1, 2))
+        else:
+            gates.attach(model, torch.optim.SGD(branch.parameters(), lr=0.1))
+        found.append((gates.seed, gates.step, gates.open))
+    return found
+
+
 def work(rank, folder):
     """Train every case and leave what was found in the folder."""
     torch.set_num_threads(1)
@@ -67,5 +90,6 @@ def work(rank, folder):
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
     )
     found = {case: train(options, case, rank) for case, options in CASES.items()}
+    found["by hand"] = drawn_by_hand(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

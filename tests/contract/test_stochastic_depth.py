@@ -287,7 +287,7 @@ def test_110_layers():
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     assert said == [
         "a training step has 40.25 of 54 residual branches computed",
-        "2 blocks keep the model's own shortcut, not the paper's",
+        "2 blocks that change shape keep the model's own shortcut",
     ]
 
 

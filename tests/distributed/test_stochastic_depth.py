@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from normlab.regularizers.block_gates import draw_gates
 from stochastic_depth_work import CASES, PROCESSES, STEPS, train, work
 
 
@@ -27,3 +28,10 @@ def test_gates_agree_and_training_equals_one_process(results, case):
     for name, value in expected["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name]), name
         torch.testing.assert_close(first["weights"][name], value, atol=1e-12, rtol=1e-10, msg=name)
+
+
+def test_gates_made_by_hand_agree_on_the_first_processs_seed_and_step(results):
+    first, second = (result["by hand"] for result in results)
+    assert first == second
+    drawn = draw_gates((0.5,) * 8, 0, 3)
+    assert first == [(0, 4, drawn), (0, 3, drawn)]

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from normlab.lab.claims import stochastic_depth
 from normlab.lab.claims.claim import FAILS, HOLDS, UNDECIDED
 from normlab.lab.records import DIVERGED, FINISHED, RunRecord, TrialRecord
+from normlab.regularizers.block_gates import survival_probs
 
 SEEDS = (0, 1, 2)
 
@@ -73,9 +75,50 @@ def test_time_goes_both_ways(ratios, expected):
 
 
 def test_steps_of_stochastic_depth_are_timed_beside_plain_ones():
-    taken = stochastic_depth.step_times(depth=20, rounds=12)
+    taken = stochastic_depth.step_times(depth=20, rounds=12, batch=16)
     assert len(taken) == 12
     assert sum(own for _, own in taken) < 0.95 * sum(plain for plain, _ in taken)
+
+
+def test_steps_are_timed_on_one_thread_in_turn(monkeypatch):
+    order = []
+
+    class Step:
+        def __init__(self, depth, batch, options):
+            self.name = "plain" if options is None else "stochastic"
+
+        def __call__(self, gates):
+            assert torch.get_num_threads() == 1
+            order.append((self.name[0], gates))
+            # Each second time is disturbed; the shorter one counts.
+            return {"plain": 2.0, "stochastic": 1.5}[self.name] + len(order) // 2 % 2
+
+    monkeypatch.setattr(stochastic_depth, "TimedStep", Step)
+    torch.set_num_threads(2)
+    try:
+        taken = stochastic_depth.step_times(depth=110, rounds=20)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert taken == [(2.0, 1.5)] * 20
+    # One round that does not count, then each begins at the other end.
+    assert "".join(name for name, _ in order[:10]) == "ps" + "spsp" + "psps"
+    plans = [gates for _, gates in order[2::4]]
+    assert all([gates for _, gates in order[n + 2 :: 4]] == plans for n in range(4))
+    assert len(set(plans)) == 20
+
+
+def test_gates_of_the_timed_steps_are_representative():
+    probs = survival_probs(54)
+    plans = [stochastic_depth.representative(probs, 18, seed) for seed in range(20)]
+    for start in (0, 18, 36):
+        expected = sum(probs[start : start + 18])
+        counts = [sum(gates[start : start + 18]) for gates in plans]
+        assert all(abs(count - expected) < 1 for count in counts)
+        assert sum(counts) / 20 == pytest.approx(expected, abs=0.05)
+    found = stochastic_depth.judge_times([(2.0, 1.5)] * 20)
+    share = found.details["branches computed, share in these steps"]
+    assert share == pytest.approx(40.25 / 54, abs=0.1 / 54)
 
 
 def test_every_finding_has_its_bound():
@@ -89,3 +132,7 @@ def test_both_arms_are_trained_alike(scale):
     assert study.methods == ["batch-norm", "stochastic-depth"]
     assert study.model.options["depth"] >= 32
     assert study.tune is None
+
+
+def test_the_small_scale_has_seeds_enough():
+    assert len(stochastic_depth.CLAIM.parts[1].studies["small"]["training"].seeds) >= 12

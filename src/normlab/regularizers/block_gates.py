@@ -1,7 +1,8 @@
 r"""The gates of stochastic depth: which residual branches are computed in this step.
 
-A gate is a function of seed and step alone, so that every process of a run has the same gates
-without talking, and a run that was stopped goes on with those it would have had.
+A gate is a function of seed and step alone, so that a run that was stopped goes on with those it
+would have had. Several processes agree once, on the first one's seed and step, and then have the
+same gates without talking.
 
 Source: G. Huang, Y. Sun, Z. Liu, D. Sedra, K. Weinberger, "Deep Networks with Stochastic Depth",
 2016, arXiv 1603.09382.
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
+
+from normlab.moments import group_of_several
 
 Schedule = Literal["linear", "uniform"]
 Scaling = Literal["test", "train"]
@@ -112,9 +115,11 @@ class BlockGates:
         scaling: ``"test"``: the branch is multiplied by its probability in evaluation. ``"train"``:
             it is divided by it in training instead.
         mode: ``"skip"``: what is dropped is not computed, which is a matter of Python's control
-            flow. ``"mask"``: all is computed and multiplied by 0 or 1, for ``torch.compile`` and
+            flow; ``torch.compile`` leaves such blocks as they are in training. ``"mask"``: all is
+            computed and the result of a dropped branch replaced by zeros, for compiled blocks and
             CUDA graphs.
-        seed: The seed, the same for all processes.
+        seed: The seed. Several processes take the first one's in `follow` and `attach`; who draws
+            by hand gives all of them the same.
 
     Attributes:
         step: The step whose gates are drawn next.
@@ -173,21 +178,33 @@ class BlockGates:
     def follow(self, model: nn.Module) -> RemovableHandle:
         """Draw before each training forward of ``model``, and count the forwards as steps.
 
-        Once the gates are attached to an optimiser, that one counts.
+        Once the gates are attached to an optimiser, that one counts. Several processes take seed
+        and step of the first, if their group is there by now: all of them have to call it.
+
+        Where ``torch.utils.checkpoint`` computes a forward again, it sees the gates drawn last.
+        They are those of the forward if its backward comes before the next training forward.
+        Otherwise attach the gates, or use `normlab.checkpoint_activations`, which notes them.
 
         Args:
             model: The whole model, in which every block is called at most once a pass.
         """
+        self._agree()
         return model.register_forward_pre_hook(self._before_forward)
+
+    def _agree(self) -> None:
+        if group_of_several(None) is not None:
+            first = [self.seed, self.step]
+            distributed.broadcast_object_list(first, src=0)
+            self.seed, self.step = first
 
     def _before_forward(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if model.training and not self._attached:
-            draw: Any = self.draw
-            if torch.compiler.is_compiling():
-                # Python's random numbers are beyond the compiler. A decorator would load the
-                # compiler for everyone.
-                draw = torch.compiler.disable(draw)
-            draw(_device(model))
+            uncompiled(self._draw_next)(model)
+
+    def _draw_next(self, model: nn.Module) -> None:
+        # A forward inside a backward is one that activation checkpointing computes again.
+        if self.open is None or torch._C._current_graph_task_id() == -1:
+            self.draw(_device(model))
             self.step += 1
 
     def attach(
@@ -196,7 +213,8 @@ class BlockGates:
         """Draw anew after each step of an optimiser; passes within one step share their gates.
 
         Seed and step stand in ``optimizer.param_groups[0]["stochastic_depth"]``, so that
-        ``optimizer.state_dict()`` holds them and training resumes exactly.
+        ``optimizer.state_dict()`` holds them and training resumes exactly. Several processes take
+        those of the first: all of them have to call it.
 
         Args:
             model: The model whose blocks these gates belong to.
@@ -213,6 +231,7 @@ class BlockGates:
                 "stochastic-depth(optimizer): expected an optimiser without gates, got one that "
                 "counts steps for gates already; attach them once"
             )
+        self._agree()
         first[_KEY] = {"seed": self.seed, "step": self.step}
         self._attached = True
 
@@ -228,12 +247,26 @@ class BlockGates:
             optimizer.param_groups[0][_KEY]["step"] += 1
             renew(optimizer)
 
-        def before_step(*_: Any) -> None:
+        def drop_gradients() -> None:
             blocks: list[Any] = [m for m in model.modules() if getattr(m, "gates", None) is self]
             for block in blocks:
                 if not self._opened(block.index):
                     for parameter in block.branch_parameters():
                         parameter.grad = None
+
+        def before_step(
+            optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            closure = named.get("closure") or next(iter(args[1:]), None)
+            if closure is None:
+                return drop_gradients()
+
+            def without_dropped() -> Any:
+                loss = closure()
+                drop_gradients()
+                return loss
+
+            return args[:1], named | {"closure": without_dropped}
 
         renew(optimizer)
         optimizer.register_load_state_dict_post_hook(renew)
@@ -285,17 +318,22 @@ class BlockGates:
             return torch.add(shortcut, out, alpha=p if self.scaling == "test" else 1)
         factor = 1 / p if self.scaling == "train" and p > 0 else 1
         if self.mode == "mask":
-            out = self.mask_of(index) * out
+            # Not a product: what is dropped may have overflowed.
+            out = torch.where(self.mask_of(index, out.device) > 0, out, 0)
         return torch.add(shortcut, out, alpha=factor)
 
-    def mask_of(self, index: int) -> Tensor:
+    def mask_of(self, index: int, device: torch.device) -> Tensor:
         """Return a block's gate as a scalar tensor.
 
         Args:
             index: The block's number, from 0.
+            device: Where the block computes.
         """
         if self.mask is None:
             raise _not_drawn()
+        if self.mask.device != device:
+            # The model moved since the draw.
+            self.mask = self.mask.to(device)
         # A copy, because the next draw is written over this one, perhaps before backward.
         return self.mask[index].clone()
 
@@ -310,6 +348,16 @@ def _not_drawn() -> ValueError:
         "BlockGates.open: expected gates drawn for this pass, got none; call follow(model) or "
         "attach(model, optimizer) once, or draw() before each pass"
     )
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what calls a function as plain Python also where ``torch.compile`` reads the caller.
+
+    Args:
+        function: What the compiler cannot read, or had to read anew for each pattern of gates.
+    """
+    # A decorator would load the compiler for everyone.
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def _device(model: nn.Module) -> torch.device | None:

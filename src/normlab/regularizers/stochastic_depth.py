@@ -12,14 +12,21 @@ Source: G. Huang, Y. Sun, Z. Liu, D. Sedra, K. Weinberger, "Deep Networks with S
 
 Departs:
     - A block that changes shape keeps the model's own shortcut. The paper's averages over the
-      stride and appends zeros; the workbench's `zero-pad` takes every second pixel, as He et al.
+      stride and appends zeros, the workbench's `average-pool`; its default `zero-pad` takes every
+      second pixel, as He et al.
     - Convolutions have no biases, as in the plain network; those of the authors' code start at zero
       and batch normalisation cancels them.
     - Gates are a function of seed and step (see `normlab.regularizers.block_gates`).
 
 Gradients of a dropped branch are zero, as in the authors' code, so weight decay and momentum move
 its weights on; with ``freeze_skipped`` they stay. Under DistributedDataParallel all processes have
-the same gates, and since the zeros are true gradients, ``find_unused_parameters`` is not needed.
+the same gates: `prepare` and `attach` take the first one's seed and step, if the process group is
+there by then. Since the zeros are true gradients, ``find_unused_parameters`` is not needed.
+
+Under ``torch.compile`` a block in the mode ``"skip"`` runs uncompiled in training, and the compiled
+graph ends in front of it; a graph for each pattern of gates would soon be too many. With the mode
+``"mask"`` all is one graph. Either runs under ``torch.utils.checkpoint``; see `BlockGates.follow`
+for what holds without `attach`.
 """
 
 from __future__ import annotations
@@ -32,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source
+from normlab.regularizers.block_activations import activation_names
 from normlab.regularizers.block_gates import (
     BlockGates,
     Mode,
@@ -40,6 +48,7 @@ from normlab.regularizers.block_gates import (
     check_choice,
     expected_depth,
     survival_probs,
+    uncompiled,
 )
 from normlab.surgery.residual import ResidualBlock, find_residual_network
 from normlab.surgery.swap import swap
@@ -48,46 +57,67 @@ from normlab.surgery.swap import swap
 class StochasticBlock(nn.Module):
     """A ResNet's block ``relu(shortcut(x) + branch(x))`` whose branch is dropped at random.
 
-    It takes over all that the block holds, under the same names: parameters, buffers, hooks.
+    It takes over all that the block holds, under the same names: parameters, buffers, hooks. Its
+    activations are those that stand in their places when it is called.
 
     Args:
         block: The parts of the plain block.
         gates: The gates of the model.
-        index: The block's number, from 0.
+        row: The stochastic blocks of the model in the order of use; this one is appended.
 
     Shape:
         As the plain block.
     """
 
-    def __init__(self, block: ResidualBlock, gates: BlockGates, index: int) -> None:
+    def __init__(self, block: ResidualBlock, gates: BlockGates, row: list[StochasticBlock]) -> None:
         super().__init__()
         self.__dict__.update(block.module.__dict__)
         names = {id(child): name for name, child in self._modules.items()}
         self.gates = gates
-        self.index = index
+        self.index = len(row)
+        row.append(self)
+        # In a list the other blocks are not children.
+        self.row = row
         # By name, because a later surgery may put another module in the place.
         self.layer_names = tuple(
             (names[id(convolution)], None if norm is None else names[id(norm)])
             for convolution, norm in zip(block.convolutions, block.norms, strict=True)
         )
+        self.activation_names = activation_names(block)
         self.shortcut_name = None if block.shortcut is None else names[id(block.shortcut)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output; that of a dropped block is its short path."""
+        return _in_python(self, self._forward)(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         name = self.shortcut_name
         shortcut = x if name is None else self.get_submodule(name)(x)
-        if self.gates.skips(self.index, self.training):
-            total = _with_zero_gradients(shortcut, self.branch_parameters(), copy=False)
+        last = self._activation(-1)
+        if not self.gates.skips(self.index, self.training):
+            return last(_branch_and_sum(self, self._branch, self._branch_layers(), x, shortcut))
+        parameters = self.branch_parameters()
+        if name is None and self._follows_relu() and _is_relu(last):
             # What comes in was made by a ReLU and needs no second one.
-            return total if name is None else total.relu()
-        return _branch_and_sum(self, self._branch, self._branch_layers(), x, shortcut).relu()
+            return _with_zero_gradients(shortcut, parameters, copy=False)
+        in_place = getattr(last, "inplace", False)
+        return last(_with_zero_gradients(shortcut, parameters, copy=in_place))
 
     def _branch(self, x: Tensor) -> Tensor:
         out = x
-        for convolution, norm in self.layer_names:
-            out = self.get_submodule(convolution)(out if out is x else out.relu())
+        for place, (convolution, norm) in enumerate(self.layer_names):
+            out = out if place == 0 else self._activation(place - 1)(out)
+            out = self.get_submodule(convolution)(out)
             out = out if norm is None else self.get_submodule(norm)(out)
         return out
+
+    def _activation(self, place: int) -> Callable[[Tensor], Tensor]:
+        name = self.activation_names[place]
+        return torch.relu if name is None else self.get_submodule(name)
+
+    def _follows_relu(self) -> bool:
+        # Of the stem nothing is known here; the first block is dropped least often.
+        return self.index > 0 and _is_relu(self.row[self.index - 1]._activation(-1))
 
     def _branch_layers(self) -> list[nn.Module]:
         return [self.get_submodule(name) for pair in self.layer_names for name in pair if name]
@@ -143,6 +173,9 @@ class StochasticBranch(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Return the sum of the short path, ``x`` itself if it is None, and the gated branch."""
+        return _in_python(self, self._forward)(x, shortcut)
+
+    def _forward(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         shortcut = x if shortcut is None else shortcut
         if self.gates.skips(self.index, self.training):
             # A copy, because an operation in place may follow a sum.
@@ -162,6 +195,21 @@ class StochasticBranch(nn.Module):
         return f"survival_prob={self.gates.probs[self.index]:.4g}"
 
 
+def _in_python(
+    block: StochasticBlock | StochasticBranch, forward: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Return a block's forward as it is to be called under ``torch.compile``.
+
+    Read by the compiler, branches that are skipped make another graph of the whole network for
+    each pattern of gates.
+    """
+    return uncompiled(forward) if block.training and block.gates.mode == "skip" else forward
+
+
+def _is_relu(activation: Callable[[Tensor], Tensor]) -> bool:
+    return activation is torch.relu or type(activation) is nn.ReLU
+
+
 def _replay(gates: BlockGates) -> Callable[[], AbstractContextManager[None]]:
     now = gates.open
     return lambda: gates.holding(now)
@@ -178,7 +226,7 @@ def _branch_and_sum(
     if not training or gates.mode == "skip":
         return gates.add(index, training, branch(x), shortcut)
     # A masked branch is computed, but its running statistics must not have seen the batch.
-    gate = gates.mask_of(index)
+    gate = gates.mask_of(index, shortcut.device)
     buffers = [buffer for layer in layers for buffer in layer.buffers()]
     before = [buffer.clone() for buffer in buffers]
     out = branch(x)
@@ -223,7 +271,7 @@ def prepare(
     """Make the branch of every residual block of a ResNet one that is dropped at random.
 
     The names in ``state_dict`` stay those of the plain network. Without `attach` the gates count
-    the training forwards of the model.
+    the training forwards of the model. Of several processes all have to call it.
 
     Args:
         model: A ResNet in the manner of torchvision, with the ReLU after the sum; changed in place.
@@ -249,20 +297,18 @@ def prepare(
     probs = survival_probs(len(network.blocks), survival_prob, schedule)
     seed = int(torch.randint(2**31, (), generator=setting.generator))
     gates = BlockGates(probs, scaling=scaling, mode=mode, seed=seed)
-    model = swap(
-        model,
-        {
-            block.module: StochasticBlock(block, gates, index)
-            for index, block in enumerate(network.blocks)
-        },
-    )
+    row: list[StochasticBlock] = []
+    blocks: dict[nn.Module, nn.Module] = {
+        block.module: StochasticBlock(block, gates, row) for block in network.blocks
+    }
+    model = swap(model, blocks)
     gates.follow(model)
     depth = expected_depth(probs)
     computed = "computed" if mode == "skip" else "kept (all are computed, and masked)"
     setting.say(f"a training step has {depth:g} of {len(probs)} residual branches {computed}")
     changing = sum(block.shortcut is not None for block in network.blocks)
     if changing:
-        setting.say(f"{changing} blocks keep the model's own shortcut, not the paper's")
+        setting.say(f"{changing} blocks that change shape keep the model's own shortcut")
     return model
 
 
@@ -309,18 +355,23 @@ CARD = Card(
         arxiv="1603.09382",
         venue="ECCV 2016",
     ),
+    batch_of_one="as the model",
     eval_differs=True,
     stochastic=True,
     state=("the seed and the step counter of the gates",),
     best_for="Very deep residual networks: it regularises, and saves about a fifth of the "
     "training time.",
     limits=(
-        "Needs residual branches: a plain network is refused.",
+        "Finds the blocks of ResNets with torchvision's names and a ReLU after each sum, and "
+        "refuses other models; these take StochasticBranch in their own code.",
+        "Other activations are put in after it: stochastic-depth+elu.",
+        "Under torch.compile blocks run uncompiled in training; mode=mask compiles whole but "
+        "computes every branch.",
         "Shallow residual networks lose more by missing branches than they gain.",
     ),
     departures=(
         "Blocks that change shape keep the model's own shortcut.",
-        "Gates are a function of seed and step, the same on all processes.",
+        "Gates are a function of seed and step, those of the first process on all.",
     ),
 )
 
