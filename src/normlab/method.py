@@ -25,13 +25,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from normlab.options import nearest_option, read_value
 from normlab.parameter_groups import Group
 
 Batch = tuple[Tensor, Tensor]
@@ -260,10 +260,10 @@ class Method:
                 known = ", ".join(sorted(defaults)) or "none"
                 raise ValueError(
                     f"{self.card.name}({name}=...): expected an option of {self.card.name} "
-                    f"({known}), got {name!r}; {_nearest(name, defaults)}"
+                    f"({known}), got {name!r}; {nearest_option(name, defaults)}"
                 )
         values = {
-            name: _read_value(self.card.name, name, value, declared[name])
+            name: read_value(self.card.name, name, value, declared[name])
             for name, value in options.items()
         }
         bound = {}
@@ -377,43 +377,3 @@ def compose(methods: Iterable[Method]) -> Method:
         penalty=penalty,
         parts=parts,
     )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"do you mean {near[0]!r}?" if near else "do leave it out"
-
-
-def _read_value(method: str, name: str, value: Any, option: inspect.Parameter) -> Any:
-    """Return ``value`` in the type of the option's default; text comes from a command line."""
-    default = option.default
-    # A word that the annotation spells out, such as Literal["init"], stands for itself.
-    if isinstance(value, str) and repr(value) in str(option.annotation):
-        return value
-    wanted: type | None = None if default is None else type(default)
-    if isinstance(value, str) and wanted is not str:
-        text = value.lower()
-        if text in ("true", "false"):
-            value = text == "true"
-        elif text == "none":
-            value = None
-        else:
-            for kind in (int, float):
-                try:
-                    value = kind(value)
-                    break
-                except ValueError:
-                    pass
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    truth = isinstance(value, bool) and wanted is not bool  # Python counts it among the integers
-    if wanted is not None and (truth or not isinstance(value, wanted)):
-        raise ValueError(
-            f"{method}({name}={value!r}): expected a value like the default {default!r}, got "
-            f"{type(value).__name__}; give {_article(wanted.__name__)}"
-        )
-    return value
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

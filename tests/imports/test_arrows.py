@@ -13,7 +13,8 @@ ROOMS = ("norms", "inits", "weights", "optim", "regularizers", "activations")
 
 # Room (the first that matches a module's name) to the rooms it may import beside itself.
 ALLOWED = {
-    "method": ("parameter_groups",),
+    "method": ("options", "parameter_groups"),
+    "options": (),
     "parameter_groups": (),
     "moments": (),
     "kernels": ("method", "moments"),
