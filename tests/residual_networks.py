@@ -190,6 +190,17 @@ class Joined(nn.Module):
         return self.one(x) + self.two(x)
 
 
+def mlp():
+    """Two layers of three numbers, for a branch."""
+    return nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+
+
+def rows(plan):
+    """Name, m and layers of each branch of a plan."""
+    names = plan.graph.names
+    return [(b.name, b.length, [names[x] for x in b.layers]) for b in plan.branches]
+
+
 NETWORKS = {
     "preactivation": lambda: Convolutional(),
     "postactivation": lambda: Convolutional(PostactivationBlock, last_norm=False),

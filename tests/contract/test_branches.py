@@ -8,18 +8,13 @@ from normlab.lab.models import build_model
 from normlab.method import Unsuitable
 from normlab.surgery.branches import Branch, plan_branches
 from normlab.surgery.tensor_graph import trace_graph
-from residual_networks import NETWORKS, Convolutional, Joined, Skip, Vision
+from residual_networks import NETWORKS, Attention, Convolutional, Joined, Skip, Vision, mlp, rows
 
 X = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def plan_of(name):
     return plan_branches(NETWORKS[name](), X)
-
-
-def rows(plan):
-    names = plan.graph.names
-    return [(b.name, b.length, [names[x] for x in b.layers]) for b in plan.branches]
 
 
 def test_preactivation():
@@ -241,3 +236,104 @@ def test_tensors_off_the_path_are_not_in_the_graph():
     graph = trace_graph(Wasteful(), torch.ones(1, 2))
     assert [node.name for node in graph.nodes if node.kind == "weight"] == ["used"]
     assert len(trace_graph(Vision(), X).norms) == 5
+
+
+def test_weights_that_no_layer_of_the_plan_holds_are_listed():
+    class Handed(Attention):
+        """As some public vision Transformers: the layer is there, but its weight is handed on."""
+
+        def forward(self, x):
+            qkv = nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+            q, k, v = qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.proj(out.transpose(1, 2).flatten(2))
+
+    model = Vision(blocks=1)
+    model.blocks[0].attn = Handed(8)
+    plan = plan_branches(model, X)
+    assert rows(plan)[0] == ("blocks.0.attn.proj", 4, ["blocks.0.attn.proj"])
+    assert plan.unheld == ("blocks.0.attn.qkv.weight",)
+    assert "left as they are: blocks.0.attn.qkv.weight\n" in str(plan)
+    assert not plan_branches(Vision(), X).unheld
+
+    class TwoOutputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.memory, self.second = mlp(), nn.LSTM(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            x = self.memory(x)[0]
+            return x + self.first(x), self.second(x)
+
+    class Twice(Skip):
+        def forward(self, x):
+            return x + self.branch(nn.functional.linear(x, self.branch.weight))
+
+    assert not plan_branches(Twice(nn.Linear(3, 3)), torch.ones(2, 3)).unheld
+
+    memory = ("memory.weight_ih_l0", "memory.weight_hh_l0")
+    assert plan_branches(TwoOutputs(), torch.ones(2, 3)).unheld == (*memory, "second.weight")
+
+
+class Encoder(nn.Module):
+    def __init__(self, norm_first, **masks):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+        self.stem, self.readout = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.masks = masks
+
+    def forward(self, x):
+        made = {name: make(x) for name, make in self.masks.items()}
+        return self.readout(self.encoder(self.stem(x), **made))
+
+
+MASKS = {
+    "mask": {"mask": lambda x: torch.zeros(5, 5)},
+    "causal": {
+        "mask": lambda x: nn.Transformer.generate_square_subsequent_mask(5),
+        "is_causal": lambda x: True,
+    },
+    "padding": {"src_key_padding_mask": lambda x: x[..., 0] > 9},
+}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("masks", MASKS)
+def test_a_mask_is_no_factor_of_attention(masks, norm_first):
+    plan = plan_branches(Encoder(norm_first, **MASKS[masks]), torch.randn(2, 5, 4))
+    expected = []
+    for i in range(2):
+        own = f"encoder.layers.{i}"
+        expected.append((f"{own}.self_attn", 4, [f"{own}.self_attn"]))
+        expected.append((own, 2, [f"{own}.linear1", f"{own}.linear2"]))
+    assert rows(plan) == expected
+    assert list(plan.outside) == ["stem"]
+    assert list(plan.heads) == ["readout"]
+    assert not plan.beside
+
+
+def test_torchs_sequence_first_transformer():
+    class Translator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both, self.readout = nn.Transformer(8, 2, 1, 2, 16), nn.Linear(8, 3)
+
+        def forward(self, x):
+            mask = nn.Transformer.generate_square_subsequent_mask(3)
+            return self.readout(self.both(x, x[:3], tgt_mask=mask))
+
+    plan = plan_branches(Translator(), torch.randn(5, 2, 8))
+    assert [branch.length for branch in plan.branches] == [4, 2, *[4, 4, 2] * 2]
+    assert list(plan.heads) == ["readout"]
+    assert not plan.outside
+    assert not plan.beside
+
+
+def test_a_plan_keeps_what_it_was_made_with():
+    x, y = torch.ones(2, 3), torch.zeros(2, 3)
+    model = nn.Sequential(Skip(mlp()), nn.Linear(3, 2))
+    model.forward = lambda x, y: nn.Sequential.forward(model, x + y)
+    plan = plan_branches(model, x, y)
+    assert plan.inputs == (x, y)
+    assert plan.without("0.branch").inputs == (x, y)

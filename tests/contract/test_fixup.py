@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from normlab.catalog import find_method
 from normlab.inits.fixup import (
     METHOD,
     Branch,
@@ -36,8 +37,9 @@ from normlab.inits.fixup_transformer import (
 )
 from normlab.lab.models import build_model
 from normlab.method import Setting, Unsuitable
+from normlab.surgery.residual import find_residual_network
 from normlab.testing import LAYER_CHECKS, METHOD_CHECKS, LayerCase, MethodCase
-from resnets_of_others import FunctionalResNet, TorchvisionResNet
+from resnets_of_others import FunctionalBlock, FunctionalResNet, TorchvisionResNet
 
 
 def conv(channels, out, kernel, stride=1):
@@ -463,6 +465,152 @@ class Preactivation(nn.Module):
         return x + out
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        axes = (1, 2, 3)
+        weight = self.weight - self.weight.mean(axes, keepdim=True)
+        weight = weight / (self.weight.std(axes, keepdim=True) + 1e-5)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def changed_convolutions(change):
+    model = FunctionalResNet()
+    for block in model.layer1:
+        change(block)
+    return model
+
+
+def make_standardised(block):
+    block.conv2 = Standardised(8, 8, 3, 1, 1, bias=False)
+
+
+def make_hooked(block):
+    block.conv2.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: nn.utils.parametrizations.weight_norm(block.conv2), "re-parametrisation"),
+        (lambda block: nn.utils.parametrizations.spectral_norm(block.conv1), "re-parametrisation"),
+        (make_standardised, r"layer1\.0\.conv2, a Standardised, which undoes the scaling"),
+        (make_hooked, "expected every block to start as its short path|take the hooks off"),
+    ],
+)
+def test_convolutions_that_do_more_are_refused_in_the_papers_form(change, reason):
+    model = changed_convolutions(change)
+    before, text = copy.deepcopy(model.state_dict()), repr(model)
+    with pytest.raises(Unsuitable, match=reason):
+        METHOD.prepare(model, Setting(batches=((torch.randn(3, 3, 8, 8), torch.zeros(3)),)))
+    assert repr(model) == text
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class BlockWith(FunctionalBlock):
+    """A basic block with a function between its convolutions."""
+
+    def __init__(self, between):
+        super().__init__(8)
+        self.between = [between]
+
+    def forward(self, x):
+        out = self.between[0](self, self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + x)
+
+
+def noisy_in_training(block, x):
+    return F.relu(x * torch.rand_like(x) if block.training else x)
+
+
+def bounded(block, x):
+    return F.relu6(x)
+
+
+def dropped(block, x):
+    return F.dropout(F.relu(x), 0.5, block.training)
+
+
+def copied(block, x):
+    return F.relu(x).contiguous()
+
+
+@pytest.mark.parametrize("between", [noisy_in_training, bounded, dropped, copied])
+def test_a_block_with_another_function_keeps_it(between):
+    """What rebuilding the block would lose: the general form leaves the block's own forward."""
+    said = []
+    x = torch.randn(3, 3, 8, 8)
+    setting = Setting(batches=((x, torch.zeros(3)),), say=said.append)
+    model = FunctionalResNet(BlockWith(between), BlockWith(between))
+    with pytest.raises(Unsuitable, match="computes something else"):
+        find_residual_network(model, x, "stochastic-depth")
+    rng = torch.get_rng_state()
+    model = METHOD.prepare(model, setting)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert type(model.layer1[0]) is BlockWith
+    assert "in the general form" in said[0]
+    x = 50 * torch.rand(2, 8, 4, 4)
+    assert torch.equal(model.layer1[0](x), x)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.*")
+def test_a_bound_that_nobody_sees_called_shows_on_large_inputs():
+    def clipped(x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(0.0, 60.0)
+
+    scripted = torch.jit.script(clipped)
+    model = FunctionalResNet(BlockWith(lambda block, x: scripted(x)))
+    with pytest.raises(Unsuitable, match="computes something else"):
+        find_residual_network(model, torch.randn(3, 3, 8, 8), "fixup")
+
+
+def test_what_layers_compute_in_training_is_theirs():
+    """A re-parametrised weight moves in each training pass: the block is of the plain form."""
+    model = FunctionalResNet()
+    for block in model.layer1:
+        nn.utils.parametrizations.spectral_norm(block.conv1)
+    before = copy.deepcopy(model.state_dict())
+    network = find_residual_network(model, torch.randn(3, 3, 8, 8), "stochastic-depth")
+    assert len(network.blocks) == 2
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_shortcuts_functions_are_its_own():
+    said = []
+    setting = Setting(batches=(images(),), say=said.append)
+    METHOD.prepare(make("zero-pad"), setting)
+    assert "in the paper's block form" in said[0]
+
+
+def test_preparing_twice_is_refused():
+    setting = Setting(batches=(images(),))
+    model = METHOD.prepare(make("zero-pad"), setting)
+    with pytest.raises(Unsuitable, match=r"got bn1; prepare a model once"):
+        METHOD.prepare(model, setting)
+
+
+def test_stochastic_depth_stands_in_front():
+    x, targets = images()
+    setting = Setting(batches=((x, targets),))
+    depth = find_method("stochastic-depth")
+    with pytest.raises(Unsuitable, match=r"prepare stochastic-depth before that one"):
+        (METHOD + depth).prepare(make("zero-pad"), setting)
+    both = depth + METHOD
+    model = both.prepare(make("zero-pad"), setting)
+    own = [{"params": list(model.parameters()), "lr": 0.1}]
+    optimizer = torch.optim.SGD(both.parameter_groups(own, model, setting))
+    both.attach(model, optimizer, setting)
+    losses = []
+    for _ in range(12):
+        loss = F.cross_entropy(model(x), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(4), abs=1e-6)
+    assert losses[-1] < losses[0] - 0.005
+
+
 def test_branches_of_ones_own():
     torch.manual_seed(3)
     model = nn.Sequential(*(Preactivation(m) for m in (1, 2, 3, 4)), nn.Linear(50, 10))
@@ -642,3 +790,17 @@ def test_transformer_refusals():
         FixupAttention(6, 4)
     with pytest.raises(ValueError, match="Linear without any"):
         fixup_transformer_(nn.Linear(2, 2))
+    model = Translator()
+    with pytest.raises(ValueError, match=r"got Linear with one.* or a FixupClassifier"):
+        fixup_transformer_(model, nn.Linear(64, 30))
+
+
+def test_the_output_embeddings_bias_is_a_scalar():
+    model = Translator()
+    model.output = FixupClassifier(64, 30)
+    nn.init.ones_(model.output.weight)
+    nn.init.ones_(model.output.bias)
+    fixup_transformer_(model, model.output)
+    words = torch.randint(1, 30, (2, 5))
+    assert torch.equal(model(words, words), torch.zeros(2, 5, 30))
+    assert any(scalar is model.output.bias for scalar in scalars_of(model))

@@ -301,6 +301,115 @@ def test_torchs_transformer():
             assert torch.equal(model(x), torch.zeros(2, 5, 3))
 
 
+def test_a_padding_mask_in_torchs_encoder():
+    """In evaluation torch's encoder would take a way that asks its normalisers."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+        def forward(self, x):
+            mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+            mask[0, 3:] = True
+            return self.head(self.encoder(x, src_key_padding_mask=mask))
+
+    x = torch.randn(2, 5, 8)
+    model = prepare(Padded(), Setting(batches=((x, x),))).eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.zeros(2, 5, 3))
+
+
+class Pooling(nn.Module):
+    """Attention outside the branches, in front of the readout."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.attn(x, x, x)[0].mean(1))
+
+
+@pytest.mark.parametrize("stem_init", ["he", "default"])
+def test_attention_outside_the_branches(stem_init):
+    x = torch.randn(2, 5, 8)
+    inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = nn.Sequential(Skip(inner), Pooling())
+    model = prepare(model, Setting(batches=((x, x),)), stem_init=stem_init)
+    bound = math.sqrt(6 / 32)
+    assert 0.9 * bound < model[1].attn.in_proj_weight.abs().max().item() <= bound
+    assert model[1].attn.out_proj.weight.any()
+    assert torch.equal(model(x), torch.zeros(2, 3))
+    for norm_first in (True, False):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        model = nn.Sequential(nn.Linear(8, 8), encoder, nn.Linear(8, 3))
+        plan = plan_branches(model, x)
+        plan = plan.without(plan.branches[0].name)
+        model = fixup_any_(model, plan, Setting(batches=((x, x),))).eval()
+        with torch.no_grad():
+            assert torch.equal(model(x), torch.zeros(2, 5, 3))
+        assert model[1].layers[0].self_attn.out_proj.weight.any()
+
+
+class OutputsLast(nn.Module):
+    """A linear layer whose weight stands the other way round, and which needs its bias."""
+
+    def __init__(self, features, out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features, out))
+        self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+def test_layers_of_ones_own():
+    torch.manual_seed(0)
+    branch = nn.Sequential(OutputsLast(20, 90), nn.ReLU(), OutputsLast(90, 20))
+    model = nn.Sequential(OutputsLast(20, 20), Skip(branch), nn.Linear(20, 3))
+    x = torch.randn(3, 20)
+    model = prepare(model, Setting(batches=((x, x),)))
+    assert torch.equal(model[1](x), x)
+    assert not branch[0].bias.any()
+    assert branch[0].weight.std().item() == pytest.approx(math.sqrt(2 / 90), rel=0.06)
+
+    # In a network that attends by Xavier's rule, like torch's linear layer.
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = OutputsLast(20, 90), OutputsLast(90, 20)
+            self.attn = nn.MultiheadAttention(20, 2, batch_first=True)
+
+        def forward(self, x):
+            x = x + self.attn(x, x, x)[0]
+            return x + self.two(self.one(x).relu())
+
+    model, x = nn.Sequential(Block(), nn.Linear(20, 3)), torch.randn(2, 3, 20)
+    model = prepare(model, Setting(batches=((x, x),)))
+    bound = math.sqrt(6 / 110) / math.sqrt(2)
+    assert 0.97 * bound < model[0].one.weight.abs().max().item() <= bound
+
+
+def test_a_layer_that_two_take_has_no_bias_behind_it():
+    class BothSigns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            u = self.one(x)
+            return x + self.two(torch.cat([F.relu(u), torch.tanh(-u)], 1))
+
+    said, x = [], torch.randn(3, 4)
+    model = nn.Sequential(BothSigns(), nn.Linear(4, 2))
+    model = prepare(model, Setting(batches=((x, x),), say=said.append))
+    assert "fixup_after" not in model[0].one._modules
+    assert any("without a place for a scalar bias: tanh in 0, relu in 0" in one for one in said)
+
+
 def test_a_class_token_is_warned_of():
     said = []
     model = prepare(Vision(read_token=True), setting(say=said.append))

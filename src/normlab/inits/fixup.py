@@ -18,13 +18,17 @@ Departs:
       was scaled with the batch size; the public code takes a tenth of the unscaled one (option
       ``scalar_lr`` sets a rate of its own). The readout's bias belongs to them, as there.
     - A branch with one weight layer, for which the exponent is not defined, starts at zero.
+    - Grouped convolutions take the fan-out of a group for their standard deviation, not of all
+      groups: a depthwise one would let hardly anything pass.
     - Networks of other forms than the paper's: see `normlab.inits.fixup_any`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normlab.inits.fixup_any import fixup_any_
 from normlab.inits.fixup_blocks import (
@@ -34,7 +38,9 @@ from normlab.inits.fixup_blocks import (
     ScalarBias,
     ScalarScale,
 )
+from normlab.inits.fixup_check import refuse_scalars
 from normlab.inits.fixup_insert import BEFORE
+from normlab.inits.fixup_proof import inputs_of, prove
 from normlab.inits.fixup_rules import (
     branch_factor,
     find_branches,
@@ -47,6 +53,7 @@ from normlab.parameter_groups import Group, check_held, split_groups
 from normlab.surgery.branches import Branch, plan_branches
 from normlab.surgery.normalisers import refuse_wrapped
 from normlab.surgery.residual import ResidualBlock, ResidualNetwork, find_residual_network
+from normlab.surgery.snapshot import Snapshot
 from normlab.surgery.swap import swap
 
 __all__ = [
@@ -70,7 +77,8 @@ def scalars_of(model: nn.Module) -> list[nn.Parameter]:
         if isinstance(module, (ScalarBias, ScalarScale)):
             found.append(module.value)
         elif isinstance(module, FixupClassifier) or BEFORE in module._modules:
-            # Of the layers behind a scalar bias only the readout has a bias of its own.
+            # Of the layers behind a scalar bias the readout has a bias of its own, and a layer
+            # that is not torch's.
             bias = module._parameters.get("bias")
             found += [] if bias is None else [bias]
     return found
@@ -113,14 +121,17 @@ def prepare(model: nn.Module, setting: Setting, *, stem_init: str = "he") -> nn.
 
     Args:
         model: A residual network; changed in place.
-        setting: The first batch serves to see what the model computes.
+        setting: The first batch serves to see what the model computes; its inputs are what the
+            model takes, a tuple or list of them where it takes several.
         stem_init: ``"he"``, or ``"default"`` for torch's own.
 
     Returns:
         The model.
 
     Raises:
-        Unsuitable: The model has no residual branches, or an addition that cannot be told.
+        Unsuitable: The model has no residual branches, an addition that cannot be told, weights
+            that are computed anew in each pass, or Fixup's scalars already; or it would not start
+            as Fixup does. The model is as it was then.
         ValueError: ``stem_init`` has no such value.
     """
     if stem_init not in ("he", "default"):
@@ -129,24 +140,48 @@ def prepare(model: nn.Module, setting: Setting, *, stem_init: str = "he") -> nn.
             "use 'he'"
         )
     refuse_wrapped("fixup", model)
-    example = setting.batches[0][0][:2]
-    network = _known_form(model, example)
+    refuse_scalars(model)
+    inputs = inputs_of(setting)
+    network = _known_form(model, inputs)
     if network is None:
-        plan = plan_branches(model, example, operation="fixup")
+        plan = plan_branches(model, *inputs, operation="fixup")
         return fixup_any_(model, plan, setting, stem_init=stem_init)
-    return _prepare_known(network, setting, stem_init)
-
-
-def _known_form(model: nn.Module, example: Tensor) -> ResidualNetwork | None:
-    """Return the parts of a ResNet whose blocks have a Fixup form of the paper."""
+    snapshot = Snapshot(model)
     try:
-        network = find_residual_network(model, example, "fixup")
+        return _prepare_known(network, setting, stem_init)
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def _known_form(model: nn.Module, inputs: tuple[Any, ...]) -> ResidualNetwork | None:
+    """Return the parts of a ResNet whose blocks have a Fixup form of the paper."""
+    if len(inputs) != 1:
+        return None
+    try:
+        network = find_residual_network(model, inputs[0], "fixup")
     except Unsuitable:
         return None
     except (AttributeError, RuntimeError, TypeError, ValueError):
         # Names that fit by chance: its parts cannot be run the way the names say.
         return None
-    return network if all(len(b.convolutions) in (2, 3) for b in network.blocks) else None
+    known = all(len(block.convolutions) in (2, 3) for block in network.blocks)
+    return network if known and all(_is_plain(layer) for layer in _weight_layers(network)) else None
+
+
+def _weight_layers(network: ResidualNetwork) -> list[nn.Module]:
+    inside = [layer for block in network.blocks for layer in block.convolutions]
+    return [network.stem, *inside, *_projections(network), network.head]
+
+
+def _projections(network: ResidualNetwork) -> list[nn.Module]:
+    shortcuts = [block.shortcut for block in network.blocks if block.shortcut is not None]
+    return [m for one in shortcuts for m in one.modules() if isinstance(m, nn.Conv2d)]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it is torch's own class, which a re-parametrised layer is not, with its weight."""
+    return type(layer) in (nn.Conv2d, nn.Linear) and layer._parameters.get("weight") is not None
 
 
 def _prepare_known(network: ResidualNetwork, setting: Setting, stem_init: str) -> nn.Module:
@@ -163,22 +198,35 @@ def _prepare_known(network: ResidualNetwork, setting: Setting, stem_init: str) -
     replacements[head] = FixupClassifier(
         head.in_features, head.out_features, bias=head.bias is not None
     )
-    projections = [
-        module
-        for block in network.blocks
-        if block.shortcut is not None
-        for module in block.shortcut.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
+    projections = _projections(network)
     outside = [network.stem, *projections] if stem_init == "he" else projections
     if stem_init == "default":
         torch_default_(network.stem, generator=setting.generator)
     fixup_(branches, outside=outside, generator=setting.generator)
+    model = swap(network.model, replacements)
+    readout = replacements[head]
+    prove(model, branches, {"the readout": readout}, inputs_of(setting))
+    for block in network.blocks:
+        _prove_block(block, replacements[block.module])
     setting.say(
         f"{len(branches)} residual branches follow Fixup in the paper's block form, without "
         "normalisers"
     )
-    return swap(network.model, replacements)
+    return model
+
+
+@torch.no_grad()
+def _prove_block(found: ResidualBlock, block: nn.Module) -> None:
+    """Show that a fresh block is ``relu(shortcut(x))``."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, found.in_channels, 8, 8, generator=generator)
+    x = x.to(found.convolutions[0].weight)
+    short = x if block.shortcut is None else block.get_submodule("shortcut")(x)
+    if not torch.equal(block(x), short.relu()):
+        raise Unsuitable(
+            f"fixup(model): expected relu(shortcut(x)) of a fresh block, got {found.name}, which "
+            "computes something else; take the hooks off its convolutions"
+        )
 
 
 def _fixup_block(network: ResidualNetwork, block: ResidualBlock) -> nn.Module:
@@ -218,6 +266,8 @@ CARD = Card(
     departures=(
         "The stem starts by He's rule, not by torch's default (stem_init=default).",
         "The scalars' rate is a tenth of the rate in use, not of the unscaled one (scalar_lr).",
+        "Grouped convolutions take the fan-out of a group for their standard deviation, not of all "
+        "groups: a depthwise one would let hardly anything pass.",
         "Networks other than the paper's ResNets and Transformer keep their modules; the scalars "
         "go in where one forward pass shows that they belong.",
     ),

@@ -14,17 +14,24 @@ Departs:
     - The paper gives two block forms and the Transformer. Here a bias in front of an activation
       takes the place of the normaliser there; behind an addition it belongs to the branch.
     - A projection on the short path reads the raw input, not that of the branch with its bias.
-    - Own biases go from all convolutions and from the linear layers of branches, because scalars
-      take their place, as in the Transformer form; other linear layers keep theirs, at zero.
+    - Own biases go from all convolutions, from attention, and from the linear layers of branches,
+      because scalars take their place, as in the Transformer form. Other linear layers keep theirs,
+      at zero, and so does a layer that is not torch's own and may need it.
     - Linear layers of branches start by Xavier's rule if the network attends (Transformer form),
       else by He's.
-    - LayerScale and gains, constant vectors that multiply a branch, start at 1 like Fixup's
-      multiplier: at their own 1e-6 a branch that starts at zero would hardly learn.
+    - Grouped convolutions start with the fan-out of a group, not of all groups.
+    - A readout that has the weight of an embedding starts with variance 1 / d, not at zero, as in
+      the Transformer form; then the logits are not zero.
+    - LayerScale and gains, constant vectors that multiply a branch on its way to the sum, start at
+      1 like Fixup's multiplier: at their own 1e-6 a branch that starts at zero would hardly learn.
     - Side products (squeeze and excitation) are no part of a branch and stay as they are, but
       without normalisers.
     - An activation that is a function behind another function, or a module that serves several
       places behind functions, has no place for a bias, and gets none.
-    - Layers that undo the scaling of their weight (standardised convolutions) are refused.
+    - Layers that undo the scaling of their weight (standardised convolutions) are refused, and so
+      are weights that start at zero in one place and not in another.
+    - Of a model with several outputs the first one counts: normalisers that it does not depend on
+      stay.
     - A readout of a class token sees the same for every input until the branches move. It is not
       changed, but said: on batches with equally many samples of each class nothing would move.
 """
@@ -33,19 +40,25 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 
 from normlab.inits.fixup_blocks import ScalarBias
+from normlab.inits.fixup_check import check_plan, tied_embeddings
+from normlab.inits.fixup_gains import start_gains_
 from normlab.inits.fixup_insert import bias_after_, bias_before_, scale_after_
-from normlab.inits.fixup_rules import fixup_, torch_default_, xavier_uniform_, zero_
-from normlab.method import Setting, Unsuitable
+from normlab.inits.fixup_proof import prove
+from normlab.inits.fixup_rules import (
+    embedding_normal_,
+    fixup_,
+    torch_default_,
+    xavier_uniform_,
+    zero_,
+)
+from normlab.method import Setting
 from normlab.surgery.branches import BranchPlan
-from normlab.surgery.flow import evaluating
-from normlab.surgery.normalisers import find_normalisers
 from normlab.surgery.snapshot import Snapshot
 from normlab.surgery.swap import swap
-from normlab.surgery.tensor_graph import Node, is_weight_layer
+from normlab.surgery.tensor_graph import Node
 
 
 def fixup_any_(
@@ -55,18 +68,23 @@ def fixup_any_(
 
     Args:
         model: The model of the plan, changed in place.
-        plan: As `normlab.surgery.branches.plan_branches` returns it, corrected where needed.
-        setting: The first batch serves for the proof that the logits are zero.
+        plan: As `normlab.surgery.branches.plan_branches` returns it, corrected where needed; its
+            inputs serve for the proof.
+        setting: For the draws, and takes what is said.
         stem_init: As in `normlab.inits.fixup.prepare`.
 
     Returns:
         The model.
 
     Raises:
-        Unsuitable: A normaliser cannot be taken out, a layer has two places with different starts,
-            or the logits are not zero afterwards; the model is as it was then.
+        Unsuitable: A normaliser cannot be taken out, a weight has two places with different starts,
+            or afterwards the logits are not zero, or a branch is not; the model is as it was then.
+        ValueError: The plan is one of another model.
 
     Example:
+        Plan, look, correct, apply:
+
+        >>> import torch
         >>> from normlab.surgery.branches import plan_branches
         >>> class Block(nn.Module):
         ...     def __init__(self):
@@ -75,27 +93,56 @@ def fixup_any_(
         ...             nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4))
         ...     def forward(self, x):
         ...         return x + self.two(self.one(self.norm(x)).relu())
-        >>> model, x = nn.Sequential(Block(), nn.Linear(4, 2)), torch.randn(3, 4)
-        >>> model = fixup_any_(model, plan_branches(model, x), Setting(batches=((x, x),)))
-        >>> torch.equal(model[0](x), x), model(x).any().item()
-        (True, False)
+        >>> model, x = nn.Sequential(Block(), Block(), nn.Linear(4, 2)), torch.randn(3, 4)
+        >>> plan = plan_branches(model, x)
+        >>> print(plan)
+        2 residual branches
+        branch  m  weight layers, the zero ones in brackets
+        0       2  0.one, [0.two]
+        1       2  1.one, [1.two]
+        outside: none
+        readout: 2
+        left as they are, beside the path: none
+        weights of no layer here, left as they are: none
+        normalisers that go (2): 0.norm, 1.norm
+        >>> plan = plan.without("1")
+        >>> model = fixup_any_(model, plan, Setting(batches=((x, x),)))
+        >>> torch.equal(model[0](x), x), torch.equal(model[1](x), x), model(x).any().item()
+        (True, False, False)
     """
-    _check(model, plan)
+    check_plan(model, plan)
+    tied = tied_embeddings(model, plan)
+    norms = _norms_on_the_way(plan)
     snapshot = Snapshot(model)
     try:
         notes = _insert_scalars(plan)
         _drop_biases(plan)
-        _start(plan, setting, stem_init)
-        gains = _start_gains(plan)
-        model = swap(model, _without_norms(plan, notes.places))
-        _prove(model, plan, setting)
+        _start(plan, tied, setting, stem_init)
+        model = swap(model, _without_norms(plan, norms, notes.places))
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                # Its way through nested tensors asks the normalisers, which are gone.
+                module.use_nested_tensor = False
+        gains = start_gains_(model, {end for b in plan.branches for end in b.last}, plan.inputs)
+        blind = prove(model, plan.branches, plan.heads, plan.inputs, tied=tied)
     except BaseException:
         snapshot.restore()
         raise
     setting.say(
         f"{len(plan.branches)} residual branches follow Fixup in the general form, without "
-        f"{len(plan.norms)} normalisers: {_few([branch.name for branch in plan.branches])}"
+        f"{len(norms)} normalisers: {_few([branch.name for branch in plan.branches])}"
     )
+    if blind:
+        setting.say(
+            "at the start the readout sees the same for every input (a class token that no branch "
+            "has written to yet): only batches with unequal classes get training going"
+        )
+    for name in tied:
+        setting.say(f"{name} has the weight of an embedding, and starts with variance 1 / d")
+    if plan.unheld:
+        setting.say(f"weights that no layer holds, left as they are: {_few(list(plan.unheld))}")
+    if others := [name for name in plan.norms if name not in norms]:
+        setting.say(f"normalisers that stay, beside the way to the first output: {_few(others)}")
     if gains:
         setting.say(f"gains that start at 1: {_few(gains)}")
     if notes.homeless:
@@ -113,64 +160,6 @@ class _Notes:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])}, ... ({len(names)})"
-
-
-def _check(model: nn.Module, plan: BranchPlan) -> None:
-    if not plan.branches:
-        raise Unsuitable(
-            "fixup(model): expected a network with residual branches, got a plan without any; "
-            "add one (plan.with_branch)"
-        )
-    names = plan.graph.names
-    starts: dict[nn.Module, str] = {}
-    for branch in plan.branches:
-        for layer in branch.layers:
-            start = "zero" if any(layer is one for one in branch.last) else "scaled"
-            if starts.setdefault(layer, start) != start:
-                raise Unsuitable(
-                    f"fixup(model): expected a layer to start at zero or not, got {names[layer]}, "
-                    "which ends one branch and begins another; give each a layer of its own"
-                )
-    for layer in (*starts, *plan.outside.values(), *plan.heads.values()):
-        if _undoes_scaling(layer):
-            raise Unsuitable(
-                f"fixup(model): expected layers that are linear in their weight, got "
-                f"{names[layer]}, a {type(layer).__name__}, which undoes the scaling of it; use a "
-                "plain one"
-            )
-    for found in find_normalisers(model):
-        if found.is_batch_norm and found.obstacle:
-            raise Unsuitable(
-                f"fixup(model): expected normalisers that can be taken out, got {found.name}: "
-                f"{found.obstacle}"
-            )
-
-
-@torch.no_grad()
-def _undoes_scaling(layer: nn.Module) -> bool:
-    """Whether half the weight does not give half the output, as with standardised weights."""
-    if type(layer).__module__.startswith("torch."):
-        return False
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    if isinstance(layer, nn.Linear):
-        shape = (2, layer.in_features)
-    elif isinstance(layer, nn.modules.conv._ConvNd):
-        reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        shape = (2, layer.in_channels, *(2 * size for size in reach))
-    else:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(weight)
-    kept = weight.clone()
-    with evaluating(layer):
-        try:
-            whole = layer(x) - layer(torch.zeros_like(x))
-            weight.mul_(0.5)
-            half = layer(x) - layer(torch.zeros_like(x))
-        finally:
-            weight.copy_(kept)
-    return not torch.allclose(2 * half, whole, rtol=1e-2, atol=1e-5)
 
 
 def _insert_scalars(plan: BranchPlan) -> _Notes:
@@ -221,19 +210,25 @@ def _last_layers(addition: Node, ends: set[nn.Module]) -> list[nn.Module]:
 
 
 def _drop_biases(plan: BranchPlan) -> None:
-    convolutions = [
-        layer for layer in plan.outside.values() if isinstance(layer, nn.modules.conv._ConvNd)
-    ]
-    for layer in (*(x for branch in plan.branches for x in branch.layers), *convolutions):
+    # torch's encoder layer asks its normalisers, which are gone, where attention has biases.
+    kinds = (nn.modules.conv._ConvNd, nn.MultiheadAttention)
+    outside = [layer for layer in plan.outside.values() if isinstance(layer, kinds)]
+    for layer in (*(x for branch in plan.branches for x in branch.layers), *outside):
         if isinstance(layer, nn.MultiheadAttention):
             layer._parameters["in_proj_bias"] = layer.out_proj._parameters["bias"] = None
-        elif layer._parameters.get("bias") is not None:
-            layer._parameters["bias"] = None
+        elif (bias := layer._parameters.get("bias")) is not None:
+            if type(layer).__module__.startswith("torch."):
+                layer._parameters["bias"] = None
+            else:
+                nn.init.zeros_(bias)
 
 
-def _start(plan: BranchPlan, setting: Setting, stem_init: str) -> None:
+def _start(
+    plan: BranchPlan, tied: dict[str, nn.Embedding], setting: Setting, stem_init: str
+) -> None:
     outside = list(plan.outside.values())
-    if stem_init == "default" and outside:
+    attention_first = bool(outside) and isinstance(outside[0], nn.MultiheadAttention)
+    if stem_init == "default" and outside and not attention_first:
         torch_default_(outside.pop(0), generator=setting.generator)
     attends = any(node.attends for node in plan.graph.nodes)
     fixup_(
@@ -242,46 +237,28 @@ def _start(plan: BranchPlan, setting: Setting, stem_init: str) -> None:
         generator=setting.generator,
         linear_=xavier_uniform_ if attends else None,
     )
-    for head in plan.heads.values():
-        zero_(head)
+    for name, head in plan.heads.items():
+        if name not in tied:
+            zero_(head)
+        elif (bias := head._parameters.get("bias")) is not None:
+            nn.init.zeros_(bias)
+    for embedding in tied.values():
+        embedding_normal_(embedding, generator=setting.generator)
 
 
-def _start_gains(plan: BranchPlan) -> list[str]:
-    """Set constant vectors that multiply a branch to 1, and return their names."""
-    found = []
-    norms = {inner for norm in plan.norms.values() for inner in norm.modules()}
-    owners = [
-        node.module
-        for node in plan.graph.nodes
-        if not node.beside
-        and node.module is not None
-        and node.module not in norms
-        and not is_weight_layer(node.module)
-        and not type(node.module).__module__.startswith("torch.")
-        and (node.kind == "product" or not node.operation)
-    ]
-    for owner in dict.fromkeys(owners):
-        for name, parameter in owner.named_parameters(recurse=False):
-            if _is_gain(name, parameter):
-                nn.init.ones_(parameter)
-                found.append(f"{plan.graph.names[owner]}.{name}".lstrip("."))
-    return found
+def _norms_on_the_way(plan: BranchPlan) -> dict[str, nn.Module]:
+    """Return the normalisers that the output depends on."""
+    used = {node.module for node in plan.graph.nodes}
+    return {name: norm for name, norm in plan.norms.items() if used & set(norm.modules())}
 
 
-def _is_gain(name: str, parameter: Tensor) -> bool:
-    if parameter.numel() != max(parameter.shape, default=1):
-        return False
-    first = parameter.detach().flatten()[0]
-    constant = bool((parameter == first).all()) and first.item() != 1
-    named = any(word in name for word in ("gain", "gamma", "scale", "alpha"))
-    return constant and (named or (first.item() != 0 and parameter.numel() > 1))
-
-
-def _without_norms(plan: BranchPlan, places: set[nn.Module]) -> dict[nn.Module, nn.Module]:
+def _without_norms(
+    plan: BranchPlan, norms: dict[str, nn.Module], places: set[nn.Module]
+) -> dict[nn.Module, nn.Module]:
     """Return what takes the place of each normaliser: a scalar bias, its activation, nothing."""
     like = next(plan.branches[0].layers[0].parameters())
     replacements: dict[nn.Module, nn.Module] = {}
-    for norm in plan.norms.values():
+    for norm in norms.values():
         children = OrderedDict(norm.named_children())
         if norm in places:
             bias = ScalarBias().to(device=like.device, dtype=like.dtype)
@@ -290,30 +267,3 @@ def _without_norms(plan: BranchPlan, places: set[nn.Module]) -> dict[nn.Module, 
             new = nn.Sequential(children) if children else nn.Identity()
         replacements[norm] = new
     return replacements
-
-
-def _prove(model: nn.Module, plan: BranchPlan, setting: Setting) -> None:
-    """Show that the logits are zero, and say it where the readout cannot tell inputs apart yet."""
-    seen: list[Tensor] = []
-    hooks = [
-        head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
-        for head in plan.heads.values()
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            outputs = model(setting.batches[0][0][:2])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if isinstance(outputs, (tuple, list)):
-        outputs = outputs[0]
-    if plan.heads and (not isinstance(outputs, Tensor) or outputs.any()):
-        raise Unsuitable(
-            "fixup(model): expected logits of zero once the readout is zero, got others; the "
-            f"output does not come from {', '.join(plan.heads)} alone"
-        )
-    if any(len(x) == 2 and torch.equal(x[0], x[1]) for x in seen):
-        setting.say(
-            "at the start the readout sees the same for every input (a class token that no branch "
-            "has written to yet): only batches with unequal classes get training going"
-        )

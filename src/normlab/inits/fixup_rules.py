@@ -9,6 +9,7 @@ Departs:
     - A branch with one weight layer, for which the exponent is not defined, starts at zero.
     - In a grouped convolution the outputs of one group count, not all: with those of all groups a
       depthwise convolution would let hardly anything pass.
+    - Attention outside the branches starts by Xavier's rule, as inside, not scaled.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ def fixup_(
         )
     total = len(branches) if num_branches is None else num_branches
     for layer in outside:
-        he_normal_(layer, generator=generator)
+        if isinstance(layer, nn.MultiheadAttention):
+            _start_attention_(layer, 1.0, False, generator)
+        else:
+            he_normal_(layer, generator=generator)
     for branch in branches:
         factor = branch_factor(total, branch.length)
         for layer in branch.layers:
@@ -108,7 +112,7 @@ def fixup_(
                 _start_attention_(layer, factor, last, generator)
             elif last:
                 zero_(layer)
-            elif isinstance(layer, nn.Linear) and linear_ is not None:
+            elif linear_ is not None and _is_linear(layer):
                 linear_(layer, factor, generator=generator)
             else:
                 he_normal_(layer, factor, generator=generator)
@@ -124,13 +128,14 @@ def he_normal_(
     G is the number of groups of a convolution, else 1.
 
     Args:
-        layer: A convolution or linear layer; its bias, if it has one, becomes zero.
+        layer: A convolution or linear layer; its bias, if it has one, becomes zero. One of another
+            class with a matrix for its weight is asked which axis its outputs are.
         factor: The factor f.
         generator: As in `fixup_`.
     """
     assert isinstance(layer.weight, Tensor)
     shape = layer.weight.shape
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd) or _has_outputs_last(layer):
         fan_out = shape[1]
     else:
         fan_out = shape[0] // getattr(layer, "groups", 1)
@@ -147,8 +152,8 @@ def xavier_uniform_(
     """Draw a layer's weight by Xavier's uniform rule, as the Transformer form asks; see there.
 
     Args:
-        layer: A linear layer; its bias, if it has one, becomes zero. Stacked query, key and value
-            count as one layer of that many outputs, as in the public code.
+        layer: A layer with a matrix for its weight; its bias, if it has one, becomes zero. Stacked
+            query, key and value count as one layer of that many outputs, as in the public code.
         factor: A factor of the weight.
         generator: As in `fixup_`.
     """
@@ -173,8 +178,36 @@ def torch_default_(layer: nn.Module, *, generator: torch.Generator | None = None
         layer.weight.copy_(drawn)
 
 
+def embedding_normal_(embedding: nn.Embedding, *, generator: torch.Generator | None = None) -> None:
+    """Draw an embedding of width d with variance 1 / d and padding row zero.
+
+    Args:
+        embedding: The embedding.
+        generator: As in `fixup_`.
+    """
+    draws = torch.randn(embedding.weight.shape, generator=generator)
+    with torch.no_grad():
+        embedding.weight.copy_(draws / math.sqrt(embedding.embedding_dim))
+        if embedding.padding_idx is not None:
+            embedding.weight[embedding.padding_idx] = 0
+
+
+def weights_of(layer: nn.Module) -> list[nn.Parameter | None]:
+    """Return the weights of a layer, the last one last; None for one that is no parameter of it.
+
+    Args:
+        layer: A weight layer; attention has its input projections and the output projection.
+    """
+    if not isinstance(layer, nn.MultiheadAttention):
+        return [layer._parameters.get("weight")]
+    stacked = layer._parameters.get("in_proj_weight")
+    separate = [layer._parameters.get(f"{x}_proj_weight") for x in "qkv"]
+    return [*(separate if stacked is None else [stacked]), layer.out_proj._parameters.get("weight")]
+
+
 def zero_(layer: nn.Module) -> None:
-    """Set a layer's own weight and bias to zero."""
+    """Set a layer's own weight and bias to zero; of attention those of its output projection."""
+    layer = layer.out_proj if isinstance(layer, nn.MultiheadAttention) else layer
     for name in ("weight", "bias"):
         parameter = layer._parameters.get(name)
         if parameter is not None:
@@ -184,12 +217,10 @@ def zero_(layer: nn.Module) -> None:
 def _start_attention_(
     attention: nn.MultiheadAttention, factor: float, last: bool, generator: torch.Generator | None
 ) -> None:
-    stacked = attention._parameters.get("in_proj_weight")
-    separate = [attention._parameters.get(f"{x}_proj_weight") for x in "qkv"]
     with torch.no_grad():
-        for weight in (stacked, *separate):
-            if weight is not None:
-                weight.copy_(_xavier(weight, factor, generator))
+        for weight in weights_of(attention)[:-1]:
+            assert weight is not None
+            weight.copy_(_xavier(weight, factor, generator))
     bias = attention._parameters.get("in_proj_bias")
     if bias is not None:
         nn.init.zeros_(bias)
@@ -202,3 +233,23 @@ def _start_attention_(
 def _xavier(weight: Tensor, factor: float, generator: torch.Generator | None) -> Tensor:
     drawn = torch.empty(weight.shape)
     return nn.init.xavier_uniform_(drawn, gain=factor, generator=generator)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether it is torch's linear layer or another one with a matrix for its weight."""
+    weight = layer._parameters.get("weight")
+    return (
+        not isinstance(layer, nn.modules.conv._ConvNd) and weight is not None and weight.dim() == 2
+    )
+
+
+@torch.no_grad()
+def _has_outputs_last(layer: nn.Module) -> bool:
+    """Whether a matrix stands the other way round than in torch's linear layer."""
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, nn.Linear) or not _is_linear(layer) or weight is None:
+        return False
+    try:
+        return layer(weight.new_zeros(2, weight.shape[0])).shape[-1] == weight.shape[1]
+    except (RuntimeError, TypeError, ValueError):
+        return False

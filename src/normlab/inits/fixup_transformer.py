@@ -16,14 +16,13 @@ Departs:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from normlab.inits.fixup import branch_factor
-from normlab.inits.fixup_blocks import ScalarBias, ScalarScale
+from normlab.inits.fixup_blocks import FixupClassifier, ScalarBias, ScalarScale
+from normlab.inits.fixup_rules import branch_factor, embedding_normal_, xavier_uniform_, zero_
 
 
 class FixupAttention(nn.Module):
@@ -232,11 +231,13 @@ def fixup_transformer_(
     Args:
         model: Holds the embeddings, the encoder and the decoder.
         output: The output embedding, which becomes zero; where its weight is that of an
-            embedding of the model it stays what that one is.
+            embedding of the model it stays what that one is. Like all linear layers of this form
+            it has no bias; that of a `FixupClassifier` belongs to the scalars.
         generator: For the draws, on the CPU; torch's own by default.
 
     Raises:
-        ValueError: The model has no Fixup branches.
+        ValueError: The model has no Fixup branches, or the output embedding is an nn.Linear with
+            bias.
     """
     attentions = [m for m in model.modules() if isinstance(m, FixupAttention)]
     feed_forwards = [m for m in model.modules() if isinstance(m, FixupFeedForward)]
@@ -247,27 +248,20 @@ def fixup_transformer_(
             "fixup_transformer_(model): expected FixupAttention or FixupFeedForward modules, got "
             f"{type(model).__name__} without any; build it from FixupEncoderLayer"
         )
+    own = None if output is None or isinstance(output, FixupClassifier) else output.bias
+    if own is not None:
+        raise ValueError(
+            "fixup_transformer_(model, output): expected an output embedding without bias, got "
+            f"{type(output).__name__} with one, which would not be among the scalars; give "
+            "bias=False, as all linear layers of this form have it, or a FixupClassifier"
+        )
     for branch in attentions:
-        _xavier_(branch.input_projection, branch_factor(total, 4), generator)
+        xavier_uniform_(branch.input_projection, branch_factor(total, 4), generator=generator)
         nn.init.zeros_(branch.output_projection.weight)
     for branch in feed_forwards:
-        _xavier_(branch.linear1, branch_factor(total, 2), generator)
+        xavier_uniform_(branch.linear1, branch_factor(total, 2), generator=generator)
         nn.init.zeros_(branch.linear2.weight)
-    with torch.no_grad():
-        for embedding in embeddings:
-            draws = torch.randn(embedding.weight.shape, generator=generator)
-            embedding.weight.copy_(draws / math.sqrt(embedding.embedding_dim))
-            if embedding.padding_idx is not None:
-                embedding.weight[embedding.padding_idx] = 0
-        if output is not None:
-            if not any(output.weight is embedding.weight for embedding in embeddings):
-                output.weight.zero_()
-            if output.bias is not None:
-                output.bias.zero_()
-
-
-def _xavier_(layer: nn.Linear, factor: float, generator: torch.Generator | None) -> None:
-    drawn = torch.empty(layer.weight.shape)
-    nn.init.xavier_uniform_(drawn, gain=factor, generator=generator)
-    with torch.no_grad():
-        layer.weight.copy_(drawn)
+    for embedding in embeddings:
+        embedding_normal_(embedding, generator=generator)
+    if output is not None and all(output.weight is not one.weight for one in embeddings):
+        zero_(output)

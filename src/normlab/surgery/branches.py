@@ -8,50 +8,18 @@ classes play no part, so that activations may stand before or after the addition
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any
 
 from torch import nn
 
 from normlab.method import Unsuitable
-from normlab.surgery.branch_ways import Ways, meet
-from normlab.surgery.tensor_graph import Node, TensorGraph, is_weight_layer, trace_graph
+from normlab.surgery.branch_finder import Branch, Finder
+from normlab.surgery.named_branches import closing_of
+from normlab.surgery.tensor_graph import TensorGraph, trace_graph
 
-
-@dataclass(frozen=True)
-class Branch:
-    """A residual branch.
-
-    Attributes:
-        name: For messages, and for `BranchPlan.without`.
-        layers: Its weight layers in order: modules with a ``weight``, such as nn.Conv2d and
-            nn.Linear, or nn.MultiheadAttention; those of the short path are not among them.
-        num_layers: The number m of weights that are multiplied on the way through it, where that
-            is not the number of layers: attention has 4 (query, key, value, output), also where
-            one layer makes three of them, and of layers side by side the longer way counts. None
-            for one a layer, and 4 an nn.MultiheadAttention.
-        num_last: How many of the last layers end the branch side by side.
-    """
-
-    name: str
-    layers: Sequence[nn.Module]
-    num_layers: int | None = None
-    num_last: int = 1
-
-    @property
-    def length(self) -> int:
-        """The number m of weight layers."""
-        if self.num_layers is not None:
-            return self.num_layers
-        return sum(4 if isinstance(one, nn.MultiheadAttention) else 1 for one in self.layers)
-
-    @property
-    def last(self) -> Sequence[nn.Module]:
-        """The layers after which no other one comes."""
-        return self.layers[len(self.layers) - self.num_last :]
+__all__ = ["Branch", "BranchPlan", "plan_branches"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +34,7 @@ class BranchPlan:
         beside: The weight layers of side products (squeeze and excitation), which are let be.
         norms: The normalisers, which will go.
         graph: The pass from which this was read.
+        inputs: What the model was given then.
     """
 
     branches: tuple[Branch, ...]
@@ -74,6 +43,22 @@ class BranchPlan:
     beside: dict[str, nn.Module]
     norms: dict[str, nn.Module]
     graph: TensorGraph = field(repr=False, compare=False)
+    inputs: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def unheld(self) -> tuple[str, ...]:
+        """Names of weights that the pass used but no layer of the plan holds.
+
+        They were handed to a function, belong to a recurrent layer, or to layers that the (first)
+        output does not come from. Nobody changes them.
+        """
+        parts = (self.outside, self.heads, self.beside)
+        layers = [layer for part in parts for layer in part.values()]
+        layers += [layer for branch in self.branches for layer in branch.layers]
+        held = {
+            f"{self.graph.names[x]}.{name}".lstrip(".") for x in layers for name in x._parameters
+        }
+        return tuple(name for name in self.graph.loose if name not in held)
 
     def without(self, name: str) -> BranchPlan:
         """Return the plan without a branch; its layers lie outside then.
@@ -89,17 +74,45 @@ class BranchPlan:
                 f"the branches are {known or 'none'}"
             )
         kept = tuple(branch for branch in self.branches if branch.name != name)
-        return _around(self.graph, kept, self.heads)
+        return replace(self, **_around(self.graph, kept, self.heads))
 
     def with_branch(self, branch: Branch) -> BranchPlan:
         """Return the plan with one more branch, or with another one of the same name.
 
         Raises:
-            ValueError: A layer is not one of the model's weight layers, or lies in another branch.
+            ValueError: A layer is not one of the model's weight layers, lies in another branch or
+                in no branch at all, or the last layers do not make the branch zero.
         """
         kept = tuple(one for one in self.branches if one.name != branch.name)
-        _check_branch(self.graph, kept, branch)
-        return _around(self.graph, (*kept, branch), self.heads)
+        ended = closing_of(self.graph, branch, kept, "with_branch")
+        if ended is not None:
+            ended[0].main = ended[1]
+        return replace(self, **_around(self.graph, (*kept, branch), self.heads))
+
+    def keep_norm(self, name: str) -> BranchPlan:
+        """Return the plan with a normaliser that stays.
+
+        Raises:
+            ValueError: There is none of that name, or it stands between the last layer of a branch
+                and the addition, where it would normalise zeros.
+        """
+        if name not in self.norms:
+            raise ValueError(
+                f"keep_norm({name!r}): expected the name of a normaliser, got {name!r}; "
+                f"the normalisers are {', '.join(self.norms) or 'none'}"
+            )
+        ends = {layer: branch.name for branch in self.branches for layer in branch.last}
+        stack = [node for node in self.graph.nodes if node.module is self.norms[name]]
+        while stack:
+            node = stack.pop()
+            if node.kind == "weight" and node.module in ends:
+                raise ValueError(
+                    f"keep_norm({name!r}): expected a normaliser that does not end a branch, got "
+                    f"one behind the last layer of {ends[node.module]}, which starts at zero; let "
+                    "it go"
+                )
+            stack += [] if node.kind in ("weight", "sum") else node.main
+        return replace(self, norms={n: norm for n, norm in self.norms.items() if n != name})
 
     def __str__(self) -> str:
         """The plan as a table."""
@@ -116,6 +129,7 @@ class BranchPlan:
             ("outside", self.outside),
             ("readout", self.heads),
             ("left as they are, beside the path", self.beside),
+            ("weights of no layer here, left as they are", self.unheld),
             (f"normalisers that go ({len(self.norms)})", self.norms),
         ):
             lines.append(f"{title}: {', '.join(layers) or 'none'}")
@@ -143,6 +157,7 @@ def plan_branches(
     Raises:
         Unsuitable: There is no residual branch, an addition whose short path cannot be told, or a
             branch that cannot start at zero; with the addition and the reason.
+        ValueError: A named branch is none, as `BranchPlan.with_branch` tells.
 
     Example:
         >>> import torch
@@ -159,9 +174,11 @@ def plan_branches(
         outside: none
         readout: 1
         left as they are, beside the path: none
+        weights of no layer here, left as they are: none
         normalisers that go (0): none
     """
     graph = trace_graph(model, *inputs)
+    modules = set(graph.norms.values())
     for node in graph.nodes:
         if node.kind == "weight":
             assert node.module is not None
@@ -170,178 +187,65 @@ def plan_branches(
                     f"{operation}(model): expected plain weights, got {node.name} with a "
                     "re-parametrisation; remove it first"
                 )
-        elif node.kind == "norm" and node.module not in set(graph.norms.values()):
+        elif node.kind == "norm" and node.module not in modules:
             raise Unsuitable(
                 f"{operation}(model): expected normalisers that are modules, got {node}; write "
                 "it as a module, so that it can be taken out"
             )
+    finder = Finder(graph, operation)
     if branches is not None:
-        return _named(graph, model, branches)
-    finder = _Finder(graph, operation)
-    found = finder.find()
-    if not found:
+        finder.find(strict=False)
+        found = _named(finder, model, branches)
+    else:
+        found = finder.find()
+    if not found and branches is None:
         raise Unsuitable(
             f"{operation}(model): expected a ResNet with residual blocks or another network with "
             f"residual branches, got {type(model).__name__} without any ({finder.reason()}); use "
             "a residual network"
         )
-    heads = finder.heads()
-    return _around(graph, tuple(_unique_names(found)), heads)
+    parts = _around(graph, tuple(found), finder.heads())
+    return BranchPlan(norms=graph.norms, graph=graph, inputs=inputs, **parts)
 
 
 def _named(
-    graph: TensorGraph, model: nn.Module, branches: Iterable[tuple[str, Sequence[str]]]
-) -> BranchPlan:
+    finder: Finder, model: nn.Module, branches: Iterable[tuple[str, Sequence[str]]]
+) -> list[Branch]:
     modules = dict(model.named_modules())
     made: list[Branch] = []
     for name, layers in branches:
         unknown = [layer for layer in layers if layer not in modules]
-        if unknown or not layers:
+        if unknown:
             raise ValueError(
                 f"plan_branches(branches=[({name!r}, ...)]): expected names of weight layers, got "
-                f"{unknown[0] if unknown else 'none'!r}; take them from model.named_modules()"
+                f"{unknown[0]!r}; take them from model.named_modules()"
+            )
+        if name in [branch.name for branch in made]:
+            raise ValueError(
+                f"plan_branches(branches=[({name!r}, ...)]): expected a name of its own for each "
+                f"branch, got {name!r} twice; rename one"
             )
         branch = Branch(name, tuple(modules[layer] for layer in layers))
-        _check_branch(graph, made, branch)
+        ended = closing_of(finder.graph, branch, made, "plan_branches")
+        if ended is not None and ended[0] not in finder.closing:
+            finder.close(*ended)
         made.append(branch)
-    finder = _Finder(graph, "plan_branches")
-    finder.find(strict=False)
-    inside = {layer for branch in made for layer in branch.layers}
-    heads = {name: head for name, head in finder.heads().items() if head not in inside}
-    return _around(graph, tuple(made), heads)
-
-
-def _check_branch(graph: TensorGraph, others: Iterable[Branch], branch: Branch) -> None:
-    taken = {layer: other.name for other in others for layer in other.layers}
-    for layer in branch.layers:
-        if layer not in graph.names or not is_weight_layer(layer) or layer in taken:
-            place = f" of the branch {taken[layer]}" if layer in taken else ""
-            name = graph.names.get(layer, "a module of another model")
-            raise ValueError(
-                f"with_branch({branch.name!r}): expected weight layers of the model that lie in no "
-                f"other branch, got {name} ({type(layer).__name__}){place}; name the others only"
-            )
+    finder.found = made
+    return made
 
 
 def _around(
     graph: TensorGraph, branches: tuple[Branch, ...], heads: dict[str, nn.Module]
-) -> BranchPlan:
+) -> dict[str, Any]:
+    """Return the branches and the weight layers around them."""
     inside = {layer for branch in branches for layer in branch.layers} | set(heads.values())
     weights = [node for node in graph.nodes if node.kind == "weight" and node.module not in inside]
     names = graph.names
     main = {n.module: names[n.module] for n in weights if n.module and not n.beside}
     side = {n.module: names[n.module] for n in weights if n.module and n.beside}
-    outside = {name: module for module, name in main.items()}
-    beside = {name: module for module, name in side.items() if module not in main}
-    return BranchPlan(branches, outside, heads, beside, graph.norms, graph)
-
-
-def _unique_names(branches: list[Branch]) -> list[Branch]:
-    seen: Counter[str] = Counter()
-    named = []
-    for branch in branches:
-        seen[branch.name] += 1
-        count = seen[branch.name]
-        named.append(replace(branch, name=f"{branch.name}#{count}") if count > 1 else branch)
-    return named
-
-
-class _Finder:
-    """Goes through the graph in order and decides at each sum what it is."""
-
-    def __init__(self, graph: TensorGraph, operation: str) -> None:
-        self.graph = graph
-        self.operation = operation
-        self.closing: set[Node] = set()
-        self.unclear: dict[Node, str] = {}
-        self.found: list[Branch] = []
-
-    def find(self, strict: bool = True) -> list[Branch]:
-        for node in self.graph.nodes:
-            terms = [term for source in node.sources for term in self._terms(source, node)]
-            if node.kind == "sum" and len(set(terms)) > 1 and not node.beside:
-                self._decide(node, list(dict.fromkeys(terms)))
-        # Readouts that are averaged are a sum of which no term is a short path, too.
-        for node in self._readout():
-            self.unclear.pop(node, None)
-        unclear = [(node, why) for node, why in self.unclear.items() if not node.beside]
-        if unclear and strict:
-            node, why = unclear[0]
-            raise Unsuitable(
-                f"{self.operation}(model): expected each addition to close a residual branch or "
-                f"none, got one {self._place(node)} {why}; name the branches yourself "
-                "(plan_branches(model, inputs, branches=...))"
-            )
-        return self.found
-
-    def _terms(self, source: Node, taker: Node) -> tuple[Node, ...]:
-        """A sum that could not be told, and that only another sum takes, is a part of that one."""
-        if source in self.unclear and source.takers == [taker] and taker.kind == "sum":
-            del self.unclear[source]
-            return source.sources
-        return (source,)
-
-    def _decide(self, node: Node, terms: list[Node]) -> None:
-        fork, between = meet(terms)
-        if fork is None:
-            return
-        ways = Ways(fork, between)
-        counts = [len(ways.layers(term)) for term in terms]
-        if not any(counts):
-            return
-        short = [term for term in terms if term is fork]
-        short += [term for term, n in zip(terms, counts, strict=True) if n == 0]
-        if not short and counts.count(1) == 1:
-            short = [term for term, n in zip(terms, counts, strict=True) if n == 1]
-        if not short:
-            each = " and ".join(map(str, counts))
-            self.unclear[node] = f"of terms with {each} weight layers, none of them a short path"
-            return
-        made = []
-        for term in terms:
-            if term is short[0] or not ways.layers(term):
-                continue
-            ends, why = ways.ends(term)
-            if why:
-                self.unclear[node] = why
-                return
-            layers = [one for one in ways.layers(term) if one not in ends]
-            m = sum(ways.weights[term].values())
-            made.append(Branch(self._name([*layers, *ends]), (*layers, *ends), m, len(ends)))
-        self.found += made
-        self.closing.add(node)
-        node.main = (short[0],)
-
-    def _readout(self) -> list[Node]:
-        """Return the last weight layers and what comes behind; none behind a residual branch."""
-        seen = [] if self.graph.output is None else [self.graph.output]
-        for node in seen:
-            if node in self.closing:
-                return []
-            if node.kind != "weight":
-                seen += [one for one in node.main if one not in seen]
-        return seen
-
-    def heads(self) -> dict[str, nn.Module]:
-        """Return the last weight layers; none where a residual branch ends behind them."""
-        inside = {layer for branch in self.found for layer in branch.layers}
-        last = [node.module for node in self._readout() if node.kind == "weight" and node.module]
-        return {self.graph.names[head]: head for head in last if head not in inside}
-
-    def reason(self) -> str:
-        if not any(node.kind == "weight" for node in self.graph.nodes):
-            return "no weight layer was seen on the way to its output"
-        sums = [n for n in self.graph.nodes if n.kind == "sum" and len(n.sources) > 1]
-        if not sums:
-            return "nothing is added on the way to its output, so that there is no skip"
-        return f"none of its {len(sums)} additions joins a short path with one of weight layers"
-
-    def _name(self, layers: Sequence[nn.Module]) -> str:
-        parts = [self.graph.names[layer].split(".") for layer in layers]
-        if len(parts) == 1:
-            return ".".join(parts[0])
-        shared = takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False))
-        return ".".join(words[0] for words in shared) or "the model"
-
-    def _place(self, node: Node) -> str:
-        return f"({' + '.join(str(one) for one in node.sources)})"
+    return {
+        "branches": branches,
+        "outside": {name: module for module, name in main.items()},
+        "heads": heads,
+        "beside": {name: module for module, name in side.items() if module not in main},
+    }

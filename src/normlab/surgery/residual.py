@@ -3,12 +3,14 @@
 A ResNet in the manner of torchvision has ``conv1``, ``bn1``, a pool perhaps, blocks with
 ``conv1``, ``bn1``, ``conv2``, ``bn2`` and so on and a ``downsample``, then a pool and ``fc``. Names
 alone do not say in which order a model uses its parts (a pre-activation block has the same ones),
-so what was found is computed beside the model on a few inputs, and a difference is refused.
+so what was found is computed beside the model on a few inputs, small and large ones, in evaluation
+and in training, and a difference is refused. So is a block that calls other functions than ReLU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Unsuitable
-from normlab.surgery.flow import evaluating
+from normlab.surgery.flow import evaluating, trace_flow
+from normlab.surgery.snapshot import Snapshot
 from normlab.surgery.swap import BATCH_NORMS, swap
 
 _NORMS = ("bn", "norm")
 _SHORTCUTS = ("downsample", "shortcut")
 _HEADS = ("fc", "linear", "classifier")
 _SILENT = (nn.ReLU, nn.Identity, nn.Flatten)
+_FUNCTIONS = ("relu", "relu_")
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,14 @@ def find_residual_network(model: nn.Module, example: Tensor, operation: str) -> 
     strange = next(_strangers(network), None)
     if strange is not None:
         name, module = strange
+        advice = (
+            f"another method put it in: prepare {operation} before that one, if both are wanted"
+            if type(module).__module__.startswith("normlab.")
+            else "take it out first"
+        )
         raise Unsuitable(
             f"{operation}(model): expected convolutions, normalisers, ReLUs, shortcuts and pools "
-            f"only, got {name} ({type(module).__name__}); take it out first"
+            f"only, got {name} ({type(module).__name__}); {advice}"
         )
     different = _first_difference(network, example)
     if different is not None:
@@ -208,18 +217,64 @@ def _strangers(network: ResidualNetwork) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _first_difference(network: ResidualNetwork, example: Tensor) -> str | None:
-    with evaluating(network.model), torch.no_grad():
+    for block in network.blocks:
         # Each block is fed fresh noise, because what an untrained deep network makes of the
         # example in evaluation mode may have overflowed by the time it reaches the block.
         generator = torch.Generator().manual_seed(0)
-        for block in network.blocks:
-            noise = torch.randn(2, block.in_channels, 8, 8, generator=generator)
+        noise = torch.randn(2, block.in_channels, 8, 8, generator=generator)
+        with evaluating(block.module):
+            # To look at a re-parametrised weight in training may change it.
             x = noise.to(block.convolutions[0].weight)
-            if not _agree(block.module(x), _run_block(block, x)):
-                return f"{block.name} ({type(block.module).__name__})"
+        if not _has_plain_form(network, block, x):
+            return f"{block.name} ({type(block.module).__name__})"
+    with evaluating(network.model), torch.no_grad():
         if not _agree(network.model(example), _run_network(network, example)):
             return f"{type(network.model).__name__} around its blocks"
     return None
+
+
+@torch.no_grad()
+def _has_plain_form(network: ResidualNetwork, block: ResidualBlock, x: Tensor) -> bool:
+    with evaluating(block.module):
+        # A bound on the activations shows on large inputs only.
+        if not all(_agree(block.module(one), _run_block(block, one)) for one in (x, 100 * x)):
+            return False
+    return not _calls_other_functions(block, x) and _trains_alike(network, block, x)
+
+
+def _calls_other_functions(block: ResidualBlock, x: Tensor) -> bool:
+    """Whether the block itself does; what its layers and its shortcut call is theirs."""
+    operations = trace_flow(block.module, x).operations
+    return any(one.owner == "" and one.name not in _FUNCTIONS for one in operations)
+
+
+def _trains_alike(network: ResidualNetwork, block: ResidualBlock, x: Tensor) -> bool:
+    """Whether a block is of the plain form in training, too, its normalisers held."""
+    try:
+        with _training(network, block, x.device):
+            own = block.module(x)
+        with _training(network, block, x.device):
+            return _agree(own, _run_block(block, x))
+    except (RuntimeError, TypeError, ValueError):
+        # What cannot run alone in training is not of the plain form either.
+        return False
+
+
+@contextmanager
+def _training(
+    network: ResidualNetwork, block: ResidualBlock, device: torch.device
+) -> Iterator[None]:
+    """Put a block into training mode for one pass, and all back as it was, random numbers too."""
+    snapshot = Snapshot(block.module)
+    try:
+        block.module.train()
+        for module in block.module.modules():
+            if type(module) in network.norm_classes:
+                module.eval()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        snapshot.restore()
 
 
 def _agree(one: Tensor, two: Tensor) -> bool:

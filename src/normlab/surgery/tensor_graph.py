@@ -2,31 +2,44 @@
 
 `trace_flow` tells where each input of a layer was made. Here that becomes a graph from the model's
 input to its output, in which every node has a kind (a weight layer, a normaliser, an activation, a
-sum, a product) and knows who takes it. Side products, by which a path is multiplied with something
+sum, a product) and knows who takes it. Layers called by keyword and layers that return several
+tensors are seen like others. Side products, by which a path is multiplied with something
 that was computed from that very path (squeeze and excitation, a hand-written swish), are told apart
 from the path itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from normlab.surgery.flow import Call, Flow, Sum, trace_flow
+from normlab.surgery.named_norms import NamedNorms
 from normlab.surgery.normalisers import find_normalisers
+from normlab.surgery.weight_uses import RECURRENT, Marks, WeightUses, in_order, sources_of
 
 Kind = Literal["weight", "norm", "activation", "sum", "product", "silent", "other"]
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _WEIGHING = ("linear", "conv1d", "conv2d", "conv3d", "multi_head_attention_forward")
 _NORMALISING = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
-_MULTIPLYING = ("mul", "imul", "rmul", "multiply", "matmul", "imatmul", "rmatmul", "bmm", "einsum")
+_ADDING = ("sub", "isub", "subtract", "addcmul", "lerp")
+_REDUCING = ("sum", "mean")
+_ELEMENTWISE = ("mul", "imul", "rmul", "multiply")
+_MULTIPLYING = (*_ELEMENTWISE, "matmul", "imatmul", "rmatmul", "bmm", "einsum")
 _ATTENDING = ("scaled_dot_product_attention", "multi_head_attention_forward", "softmax")
 _ACTIVATIONS = ("relu", "elu", "silu", "swish", "mish", "sigmoid", "tanh", "softplus")
 _SILENT = ("identity", "drop", "stochasticdepth", "contiguous", "clone")
+# Layers of torch that hide what they compute and may return more than one tensor.
+_RETURNING_SEVERAL = (
+    *RECURRENT, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
+)  # fmt: skip
 # The halves of one tensor multiply each other: neither is a side product of the other.
 _SPLITTING = ("chunk", "split", "unbind", "getitem", "tensor_split")
 
@@ -47,6 +60,8 @@ class Node:
             known to end here, without the branch.
         takers: The nodes that were made of it.
         beside: Whether it belongs to a side product.
+        loose: The names of the weights that it multiplied by though they belong to no weight layer
+            that was called.
     """
 
     index: int
@@ -58,6 +73,7 @@ class Node:
     main: tuple[Node, ...]
     takers: list[Node] = field(default_factory=list)
     beside: bool = False
+    loose: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Where to look for it."""
@@ -79,12 +95,24 @@ class TensorGraph:
         output: The output.
         names: The qualified name of each module.
         norms: The normalisers, by name.
+        loose: Names of the weights that the pass used otherwise than by a weight layer on the way
+            to the output.
     """
 
     nodes: tuple[Node, ...]
     output: Node | None
     names: dict[nn.Module, str]
     norms: dict[str, nn.Module]
+    loose: tuple[str, ...]
+
+    @cached_property
+    def weights(self) -> dict[nn.Module, list[Node]]:
+        """The nodes that each weight layer made."""
+        found: dict[nn.Module, list[Node]] = {}
+        for node in self.nodes:
+            if node.kind == "weight" and node.module is not None:
+                found.setdefault(node.module, []).append(node)
+        return found
 
     def calls(self, module: nn.Module) -> int:
         """Return how often the output depends on a call of ``module``."""
@@ -107,11 +135,15 @@ def trace_graph(model: nn.Module, *inputs: Any) -> TensorGraph:
         >>> [node.kind for node in trace_graph(model, torch.zeros(2, 4)).nodes]
         ['silent', 'weight', 'norm', 'activation']
     """
+    known = {norm.name: norm.module for norm in find_normalisers(model)}
+    named = NamedNorms(model, set(known.values()))
     ends = _Ends(model)
-    flow = trace_flow(ends, *inputs)
+    with _by_position(model), ends.seen_whole(), named.watched():
+        flow = trace_flow(ends, *inputs)
     names = {module: name for name, module in reversed(list(model.named_modules()))}
-    norms = _norms(model)
-    return TensorGraph(*_nodes(ends, flow, names, set(norms.values())), names, norms)
+    norms = known | named.found()
+    nodes, output = _Maker(model, names, set(norms.values())).make(ends, flow)
+    return TensorGraph(nodes, output, names, norms, _loose(model, flow, nodes))
 
 
 def is_weight_layer(module: nn.Module | None) -> bool:
@@ -125,15 +157,71 @@ def is_weight_layer(module: nn.Module | None) -> bool:
 
 
 class _Ends(nn.Module):
-    """Marks the model's input and output, so that both can be told from its parameters."""
+    """Marks the model's input, output and weights, so that they can be told apart."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.entry, self.model, self.exit = nn.Identity(), model, nn.Identity()
+        self.marks = Marks(model)
+        hiding = [one for one in model.modules() if isinstance(one, _RETURNING_SEVERAL)]
+        self.returned = nn.ModuleList(_Returned(one) for one in hiding)
 
     def forward(self, *inputs: Any) -> Any:
+        self.marks()
         outputs = self.model(*(self.entry(x) if isinstance(x, Tensor) else x for x in inputs))
         return self.exit(next(_tensors(outputs), None))
+
+    @contextmanager
+    def seen_whole(self) -> Iterator[None]:
+        """Let the tensors that a layer returns in a tuple be seen as made by it."""
+        hooks = [one.by[0].register_forward_hook(one.see) for one in _returned(self)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Returned(nn.Module):
+    """Stands for a call of a layer that returns a tuple: called with its input and one output."""
+
+    by: tuple[nn.Module]
+
+    def __init__(self, by: nn.Module) -> None:
+        super().__init__()
+        self.by = (by,)
+
+    def see(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        given = next(_tensors(inputs), None)
+        for made in () if isinstance(output, Tensor) else _tensors(output):
+            self(given, made)
+
+    def forward(self, given: Tensor | None, made: Tensor) -> Tensor:
+        return made
+
+
+def _returned(ends: _Ends) -> Iterator[_Returned]:
+    return (one for one in ends.returned if isinstance(one, _Returned))
+
+
+@contextmanager
+def _by_position(model: nn.Module) -> Iterator[None]:
+    """Hand over by position what calls without any positional input hand over by keyword."""
+
+    def reorder(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if inputs or not named:
+            return None
+        bound = inspect.signature(module.forward).bind(**named)
+        return bound.args, bound.kwargs
+
+    hooks = [
+        module.register_forward_pre_hook(reorder, with_kwargs=True) for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:
@@ -144,42 +232,90 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Return torch's normalisers, their subclasses, and weightless modules with such a name."""
-    found = {norm.name: norm.module for norm in find_normalisers(model)}
-    known = {inner for norm in found.values() for inner in norm.modules()}
-    for name, module in model.named_modules():
-        weightless = all(weight.dim() < 2 for weight in module.parameters())
-        if module not in known and weightless and "norm" in type(module).__name__.lower():
-            found[name] = module
-            known |= set(module.modules())
-    return found
+class _Maker:
+    """Makes the nodes of a pass."""
 
+    def __init__(
+        self, model: nn.Module, names: dict[nn.Module, str], norms: set[nn.Module]
+    ) -> None:
+        self.names, self.norms = names, norms
+        self.modules = {name: module for module, name in names.items()}
+        self.parameters = {id(value): name for name, value in model.named_parameters()}
 
-def _nodes(
-    ends: _Ends, flow: Flow, names: dict[nn.Module, str], norms: set[nn.Module]
-) -> tuple[tuple[Node, ...], Node | None]:
-    modules = {name: module for module, name in names.items()}
-    made: dict[Any, Node] = {}
-    last = flow.of(ends.exit)[0].source
-    stack = [] if last is None else [last]
-    while stack:
-        source = stack[-1]
-        before = [one for one in _sources(source) if one is not None]
-        waiting = [one for one in before if one not in made]
-        if waiting:
-            stack += waiting
-            continue
-        stack.pop()
-        if source not in made:
-            sources = tuple(_behind_silence(made[one]) for one in before)
-            node = _node(len(made), source, sources, modules, norms)
+    def make(self, ends: _Ends, flow: Flow) -> tuple[tuple[Node, ...], Node | None]:
+        uses = WeightUses(flow)
+        made: dict[Any, Node] = {}
+        last = flow.of(ends.exit)[0].source
+        for source in in_order([last]):
+            if uses.is_parameter(source):
+                continue
+            before = [one for one in sources_of(source) if one is not None]
+            sources = tuple(_behind_silence(made[one]) for one in before if one in made)
+            node = self._node(len(made), source, sources)
+            node.loose = self._loose(node, uses.of(source))
             made[source] = node
             for one in dict.fromkeys(node.sources):
                 one.takers.append(node)
             _part_from_side_products(node)
-    output = None if last is None else _behind_silence(made[last])
-    return tuple(made.values()), output
+        output = None if last is None or last not in made else _behind_silence(made[last])
+        return tuple(made.values()), output
+
+    def _node(self, index: int, source: Any, sources: tuple[Node, ...]) -> Node:
+        if isinstance(source, Sum):
+            return Node(index, "sum", "", "sum", None, sources, sources)
+        if isinstance(source, Call):
+            name, module = _own_name(source.name), source.module
+            if isinstance(module, _Returned):
+                module = module.by[0]
+                name = self.names[module]
+            operation, word = "", type(module).__name__.lower()
+        else:
+            name, operation = _own_name(source.owner), source.name.strip("_")
+            module, word = self.modules.get(name), operation.lower()
+        if operation in _REDUCING and len(sources) == 1 and sources[0].operation == "stack":
+            # The sum or mean of tensors that were stacked is one of these tensors.
+            sources = sources[0].sources
+            return Node(index, "sum", name, operation, module, sources, sources)
+        kind: Kind = "other"
+        if (module in self.norms and (not operation or operation in _NORMALISING)) or (
+            operation in _NORMALISING
+        ):
+            kind = "norm"
+        elif is_weight_layer(module) and (not operation or operation in _WEIGHING):
+            kind = "weight"
+        elif operation in _ADDING:
+            kind = "sum"
+        elif operation in _MULTIPLYING or operation == "scaled_dot_product_attention":
+            kind = "product"
+        elif any(part in word for part in _ACTIVATIONS):
+            kind = "activation"
+        elif any(part in word for part in _SILENT):
+            kind = "silent"
+        return Node(index, kind, name, operation, module, sources, sources)
+
+    def _loose(self, node: Node, used: list[str]) -> tuple[str, ...]:
+        module = node.module
+        if isinstance(module, RECURRENT) and not node.operation:
+            return tuple(self.parameters[id(p)] for p in module.parameters() if p.dim() > 1)
+        if node.kind != "weight" or module is None:
+            return tuple(used)
+        whole = isinstance(module, nn.MultiheadAttention)
+        held = module.parameters() if whole else [module._parameters.get("weight")]
+        own = {self.parameters.get(id(one)) for one in held}
+        return tuple(name for name in used if name not in own)
+
+
+def _loose(model: nn.Module, flow: Flow, nodes: tuple[Node, ...]) -> tuple[str, ...]:
+    """Return the names of the weights used on the way to the output or by layers off it."""
+    found = {name: None for node in nodes for name in node.loose}
+    seen = {node.module for node in nodes}
+    called = {call.module for call in flow.calls}
+    for name, module in model.named_modules():
+        weighs = isinstance(module, RECURRENT) or is_weight_layer(module)
+        if weighs and module in called and module not in seen:
+            own = module.named_parameters(name, remove_duplicate=False)
+            found.update((one, None) for one, value in own if value.dim() > 1)
+    return tuple(found)
 
 
 def _behind_silence(node: Node) -> Node:
@@ -191,43 +327,6 @@ def _behind_silence(node: Node) -> Node:
     return node.sources[0] if node.kind == "silent" and len(node.sources) == 1 else node
 
 
-def _sources(source: Any) -> Iterable[Any]:
-    if isinstance(source, Call):
-        return (source.source,)
-    return source.terms if isinstance(source, Sum) else source.sources
-
-
-def _node(
-    index: int,
-    source: Any,
-    sources: tuple[Node, ...],
-    modules: dict[str, nn.Module],
-    norms: set[nn.Module],
-) -> Node:
-    if isinstance(source, Sum):
-        return Node(index, "sum", "", "sum", None, sources, sources)
-    if isinstance(source, Call):
-        name, operation, module = _own_name(source.name), "", source.module
-        word = type(module).__name__.lower()
-    else:
-        name, operation = _own_name(source.owner), source.name.strip("_")
-        module, word = modules.get(name), operation.lower()
-    kind: Kind = "other"
-    if (module in norms and (not operation or operation in _NORMALISING)) or (
-        operation in _NORMALISING
-    ):
-        kind = "norm"
-    elif is_weight_layer(module) and (not operation or operation in _WEIGHING):
-        kind = "weight"
-    elif operation in _MULTIPLYING or operation == "scaled_dot_product_attention":
-        kind = "product"
-    elif any(part in word for part in _ACTIVATIONS):
-        kind = "activation"
-    elif any(part in word for part in _SILENT):
-        kind = "silent"
-    return Node(index, kind, name, operation, module, sources, sources)
-
-
 def _own_name(name: str) -> str:
     return name.removeprefix("model").removeprefix(".")
 
@@ -235,7 +334,7 @@ def _own_name(name: str) -> str:
 def _part_from_side_products(node: Node) -> None:
     """Leave a factor that was computed from the other one out of the main path."""
     factors = sorted(set(node.sources), key=lambda one: one.index)
-    elementwise = "mul" in node.operation and "matmul" not in node.operation
+    elementwise = node.operation in _ELEMENTWISE
     if not elementwise or len(factors) != 2 or factors[0].operation in _SPLITTING:
         return
     base, side = factors
