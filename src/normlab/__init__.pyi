@@ -120,6 +120,7 @@ from normlab.weights.target_space_conv import TargetConv2d as TargetConv2d
 from normlab.weights.target_space_layer import TargetLinear as TargetLinear
 from normlab.weights.target_space_model import TargetSpace as TargetSpace
 from normlab.weights.target_space_recurrent import TargetRecurrent as TargetRecurrent
+from normlab.weights.target_space_recurrent import TargetRNN as TargetRNN
 from normlab.weights.weight_norm_parametrization import remove_weight_norm as remove_weight_norm
 from normlab.weights.weight_norm_parametrization import weight_normalize as weight_normalize
 from normlab.weights.weight_norm_start import data_dependent_start as data_dependent_start

@@ -367,7 +367,7 @@ def test_evaluation_and_passes_without_gradients_are_not_counted():
     x = features(9, 3)
     with torch.no_grad():
         model(100 * x)
-    model.eval()(100 * x)
+    model.eval()(100 * x).sum().backward()
     model.train()(x).sum().backward()
     model(x[:0]).sum().backward()
     preconditioner.precondition_()
@@ -390,7 +390,10 @@ def test_an_uncalled_layer_is_left_alone_and_said_once():
                 warnings.simplefilter("error")
                 preconditioner.precondition_()
         assert torch.equal(model[1].weight.grad, torch.ones(2, 3))
-    assert optimizer.param_groups[0][KEY]["steps"] == [2, 0]
+    state = optimizer.param_groups[0][KEY]
+    assert state["steps"] == [2, 0]
+    assert state["mean"][3:].tolist() == [0.0] * 3
+    assert state["square"][3:].tolist() == [1.0] * 3
     assert preconditioner.preconditioners[1] is None
 
 
@@ -470,6 +473,47 @@ def test_by_hand_and_closures_equal_the_hook():
         assert all(torch.equal(*pair) for pair in zip(expected, other, strict=True))
 
 
+def test_a_pass_for_the_log_changes_nothing_after_an_edit_by_hand():
+    parameters = []
+    for logged in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 2))
+        optimizer = sgd(model, momentum=0.9)
+        preconditioner = BatchNormPreconditioner(model, optimizer)
+        for step in range(3):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) + 3
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            preconditioner.precondition_()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            if logged:
+                model(x[:1])
+            optimizer.step()
+        assert optimizer.param_groups[0][KEY]["steps"] == [3, 3]
+        parameters.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*parameters, strict=True))
+
+
+def test_a_further_backward_after_an_edit_by_hand_is_transformed():
+    model = nn.Linear(4, 2).double()
+    optimizer = sgd(model, 1.0)
+    preconditioner = BatchNormPreconditioner(model, optimizer, **OWN)
+    model(features(9, 4)).sum().backward()
+    preconditioner.precondition_()
+    optimizer.zero_grad()
+    x = 2 * features(9, 4)
+    raw = plain_gradients(model, x)
+    mean, square = x.mean(0), x.var(0, correction=0)
+    step, _ = precondition(*raw, Preconditioner(mean, square))
+    preconditioner._watcher.take()  # that pass
+    before = model.weight.detach().clone()
+    y = model(x)
+    optimizer.zero_grad()
+    (y.sin() * torch.arange(y.numel()).view_as(y).cos()).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(before - model.weight.detach(), step, rtol=1e-8, atol=1e-8)
+
+
 def test_decay_acts_after_the_transform():
     model = nn.Linear(3, 2)
     optimizer = sgd(model, 0.1, weight_decay=0.5)
@@ -531,6 +575,47 @@ def test_wrong_checkpoints_are_refused():
         optimizer.step()
 
 
+def trained(model, optimizer, steps):
+    for step in range(steps):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step)) + 3
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_it_goes_on_from_a_checkpoint_loaded_before_it_is_built():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = sgd(model, momentum=0.9)
+    BatchNormPreconditioner(model, optimizer, momentum=0.3)
+    trained(model, optimizer, 2)
+    resumed = copy.deepcopy(model)
+    again = sgd(resumed, momentum=0.9)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    BatchNormPreconditioner(resumed, again, momentum=0.3)
+    # The copy of an optimiser keeps the statistics and loses what acts on its steps.
+    copied, copied_optimizer = copy.deepcopy((model, optimizer))
+    BatchNormPreconditioner(copied, copied_optimizer, momentum=0.3)
+    for one, its in ((model, optimizer), (resumed, again), (copied, copied_optimizer)):
+        trained(one, its, 3)
+        assert its.param_groups[0][KEY]["steps"] == [5]
+        torch.testing.assert_close(its.param_groups[0][KEY], optimizer.param_groups[0][KEY])
+        assert torch.equal(one.weight, model.weight)
+        assert torch.equal(one.bias, model.bias)
+
+
+def test_a_wrong_checkpoint_is_refused_when_it_is_built_too():
+    model, other = nn.Linear(3, 2), nn.Linear(4, 2)
+    saved = sgd(other)
+    BatchNormPreconditioner(other, saved)
+    optimizer = sgd(model)
+    optimizer.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match=r"statistics of 3 features, got 4; load a checkpoint"):
+        BatchNormPreconditioner(model, optimizer)
+    assert not model._forward_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -551,8 +636,9 @@ def test_misfits_are_refused():
     with pytest.raises(ValueError, match="present parameters"):
         BatchNormPreconditioner(nn.Linear(3, 2), optimizer)
     BatchNormPreconditioner(model, optimizer)
-    with pytest.raises(ValueError, match="one without a preconditioner"):
+    with pytest.raises(ValueError, match="expected an optimiser without a BatchNormPreconditioner"):
         BatchNormPreconditioner(model, optimizer)
+    assert len(model._forward_hooks) == 1
     with pytest.raises(Unsuitable, match=r"nn\.Linear or"):
         prepare(nn.LayerNorm(3), Setting(batches=((torch.ones(2, 3), torch.zeros(2)),)))
 
@@ -583,6 +669,23 @@ def test_layers_in_front_of_a_norm_get_the_bias():
     assert model.head.bias is None
     assert type(model.norm3) is nn.Identity
     assert not model.norm3.training
+
+
+def test_an_optimiser_built_before_is_refused():
+    model = nn.Sequential(
+        nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)
+    )
+    optimizer = sgd(model)
+    setting = Setting(batches=((torch.randn(5, 3), torch.zeros(5)),))
+    model = METHOD.prepare(model, setting)
+    with pytest.raises(
+        ValueError,
+        match=r"bn-preconditioning\(optimizer\): expected an optimiser of the model's present "
+        r"parameters, got one built before bn-preconditioning changed them; build it after",
+    ):
+        METHOD.attach(model, optimizer, setting)
+    assert not any(module._forward_hooks for module in model.modules())
+    METHOD.attach(model, sgd(model), setting)
 
 
 def test_other_normalisers_stay():

@@ -1,6 +1,7 @@
 """Putting a model into target space: what is converted, what stays, then the method's contract."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from normlab.weights.target_space import METHOD, attach, parameter_groups, targe
 from normlab.weights.target_space_conv import TargetConv2d
 from normlab.weights.target_space_layer import TargetLayer, TargetLinear
 from normlab.weights.target_space_model import TargetSpace
+from normlab.weights.target_space_recurrent import TargetRNN
 
 MODELS = {
     "mlp": ({"depth": 4, "width": 16}, (1, 6, 6)),
@@ -182,6 +184,98 @@ def test_what_cannot_be_converted_keeps_its_weights():
     assert model.model.twice.weight.grad is not None
 
 
+class Recurrent(nn.Module):
+    """Recurrent layers of torch: one that can be converted, one that cannot."""
+
+    def __init__(self, kind=nn.LSTM, batch_first=True, **options):
+        super().__init__()
+        self.first = nn.RNN(4, 6, batch_first=batch_first, **options)
+        self.second, self.last = kind(6, 5, batch_first=batch_first), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = x if self.first.batch_first else x.transpose(0, 1)
+        states, _ = self.second(self.first(x)[0])
+        return self.last(states[:, -1] if self.first.batch_first else states[-1])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("options", [{}, {"nonlinearity": "relu", "bias": False}], ids=str)
+def test_a_recurrent_layer_of_torch_is_converted(batch_first, options):
+    said = []
+    plain = Recurrent(nn.RNN, batch_first, **options)
+    names = list(plain.state_dict())
+    model = target_space(plain, torch.randn(5, 7, 4), mode="optimistic", ridge=0.2, say=said.append)
+    first, second, last = model.layers()
+    assert type(first) is type(second) is TargetRNN
+    assert said == ["3 layers are in target space, over 5 samples"]
+    assert first.targets.shape == (5, 7, 6)
+    assert (first.has_bias, first.nonlinearity) == (
+        options.get("bias", True),
+        options.get("nonlinearity", "tanh"),
+    )
+    assert [layer.init_std for layer in model.layers()] == [1.0, 1.0, 1.0]
+    assert [layer.ridge for layer in model.layers()] == [0.2, 0.2, 0.2]
+    assert (first.mode, last.mode) == ("sequential", "optimistic")
+    x = torch.randn(2, 9, 4)
+    model(x).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    exported = model.to_weight_space()
+    assert list(exported.state_dict()) == names
+    torch.testing.assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_other_recurrent_layers_keep_their_weights_with_a_warning(kind):
+    with pytest.warns(
+        UserWarning, match=rf"weights stay: second is of another kind \({kind.__name__}"
+    ):
+        model = target_space(Recurrent(kind), torch.randn(5, 7, 4))
+    assert [type(layer) for layer in model.layers()] == [TargetRNN, TargetLinear]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target_space(Recurrent(kind), torch.randn(5, 7, 4), say=lambda text: None)
+        target_space(nn.Sequential(nn.Linear(4, 2)), torch.randn(5, 4))
+
+
+class Called(nn.Module):
+    """One recurrent layer, called as a test asks."""
+
+    def __init__(self, call, **options):
+        super().__init__()
+        self.cell, self.last = nn.RNN(4, 6, batch_first=True, **options), nn.Linear(6, 3)
+        self.call = call
+
+    def forward(self, x):
+        return self.last(self.call(self.cell, x)[1][-1])
+
+
+@pytest.mark.parametrize(
+    ("call", "options", "reason"),
+    [
+        (lambda cell, x: cell(x), {"num_layers": 2}, "has several layers or directions"),
+        (lambda cell, x: cell(x), {"bidirectional": True}, "has several layers or directions"),
+        (lambda cell, x: cell(x, torch.zeros(1, len(x), 6)), {}, "is given a first state"),
+        (lambda cell, x: cell(x, hx=torch.zeros(1, len(x), 6)), {}, "is given a first state"),
+        (
+            lambda cell, x: (None, cell(x[:, 0])[0][None]),
+            {},
+            "does not take one tensor with a batch",
+        ),
+        (
+            lambda cell, x: cell(nn.utils.rnn.pack_padded_sequence(x, [7] * len(x), True)),
+            {},
+            "does not take one tensor with a batch",
+        ),
+    ],
+)
+def test_recurrent_layers_of_other_forms_keep_their_weights(call, options, reason):
+    with pytest.warns(UserWarning, match=f"weights stay: cell {reason}"):
+        model = target_space(Called(call, **options), torch.randn(5, 7, 4))
+    assert [type(layer) for layer in model.layers()] == [TargetLinear]
+    assert not model.model.cell._forward_pre_hooks
+    torch.testing.assert_close(model.to_weight_space()(x := torch.randn(2, 7, 4)), model(x))
+
+
 def test_models_without_a_place_are_refused():
     with pytest.raises(Unsuitable, match=r"target_space\(model\): expected an nn.Linear.*Conv1d"):
         target_space(nn.Sequential(nn.Conv1d(2, 2, 1)), torch.ones(3, 2, 4))
@@ -225,7 +319,7 @@ def test_dropout_in_front_of_a_layer_comes_along():
 
 
 def test_targets_have_groups_of_their_own():
-    model = target_space(Odd(), torch.randn(5, 4))
+    model = target_space(Odd(), torch.randn(5, 4), say=lambda text: None)
     groups = [{"params": list(model.parameters()), "lr": 0.1, "weight_decay": 1e-4}]
     weights, targets = parameter_groups(groups, model, setting(), lr_factor=100.0)
     assert targets["params"] == [layer.targets for layer in model.layers()]

@@ -118,8 +118,9 @@ def test_both_modes_agree_where_targets_are_met():
     assert (one(x) - two(x)).abs().max() > 1e-2
 
 
-def test_projection_goes_on_with_the_weights_solved_again():
-    model = dense(samples=20)
+@pytest.mark.parametrize("mode", ["sequential", "optimistic"])
+def test_projection_goes_on_with_the_weights_solved_again(mode):
+    model = dense(mode, samples=20)
     a, expected = model.realisation, []
     for wanted in targets_of(model):
         a1 = torch.cat([a.new_ones(len(a), 1), a], dim=1)
@@ -165,6 +166,11 @@ def test_export_computes_the_same_for_any_input(make):
         for parameter in exported.parameters():
             parameter.add_(1)
     assert torch.equal(model(x), before)
+    with torch.no_grad():
+        model(x)  # weights are kept from here on
+        for parameter in model.to_weight_space().parameters():
+            parameter.add_(1)
+        torch.testing.assert_close(model(x), before)
 
 
 def test_one_sample_gives_weights_of_rank_one():
@@ -312,7 +318,7 @@ def test_a_failing_pass_leaves_the_model_as_it_was():
     model.eval()
     model.model[1].train()
     model.realisation = model.realisation[:, :2]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"expected an input of shape \(\*, 3\), got \(5, 2\)"):
         model(torch.randn(2, 3))
     assert all(layer._pass is None and layer._solved is None for layer in model.layers())
     assert [module.training for module in model.model] == [False, True, False, False, False]
@@ -329,6 +335,28 @@ def test_a_failing_pass_leaves_the_model_as_it_was():
         ),
         (TargetLinear(3, 2, 4), torch.ones(0, 3), r"at least one sample.*got shape \(0, 3\)"),
         (TargetLinear(3, 2, 4), torch.ones(5, 3), r"got \(5, 2\); make the layer for this batch"),
+        (
+            TargetLinear(2, 3, 4),
+            torch.ones(4, 5),
+            r"TargetLinear\(x\): expected an input of shape \(\*, 2\), got \(4, 5\); make the "
+            r"layer for such inputs",
+        ),
+        (
+            TargetRecurrent(2, 3, (4, 7)),
+            torch.ones(4, 7, 5),
+            r"TargetRecurrent\(x\): expected .* shape \(N, T, 2\), got \(4, 7, 5\); make the layer",
+        ),
+        (TargetRecurrent(2, 3, (4, 7)), torch.ones(4, 2), r"\(N, T, 2\), got \(4, 2\); make"),
+        (
+            TargetConv2d(2, 3, 3, (4, 2, 2)),
+            torch.ones(4, 5, 4, 4),
+            r"TargetConv2d\(x\): expected .* shape \(N, 2, H, W\), got \(4, 5, 4, 4\); make",
+        ),
+        (
+            TargetConv2d(2, 3, 3, (4, 2, 2)),
+            torch.ones(2, 4, 4),
+            r"\(N, 2, H, W\), got \(2, 4, 4\); make",
+        ),
     ],
 )
 def test_misfits_are_refused(model, realisation, message):

@@ -6,7 +6,7 @@ from torch import nn
 
 from normlab.weights.target_space_layer import TargetLinear
 from normlab.weights.target_space_model import TargetSpace
-from normlab.weights.target_space_recurrent import RecurrentLayer, TargetRecurrent
+from normlab.weights.target_space_recurrent import RecurrentLayer, TargetRecurrent, TargetRNN
 
 
 def made(samples=3, times=5, **options):
@@ -94,6 +94,46 @@ def test_export_is_a_plain_recurrent_layer(bias, return_sequences):
     torch.testing.assert_close(exported(other), model(other))
     exported(other).sum().backward()
     assert all(parameter.grad is not None for parameter in exported.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_in_the_form_of_torch(batch_first, nonlinearity, bias):
+    layer, x = made(nonlinearity=nonlinearity, bias=bias)
+    model = TargetSpace(layer, x)
+    order = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
+    torch_like = TargetRNN(2, 4, (3, 5), bias, nonlinearity, batch_first).double()
+    with torch.no_grad():
+        torch_like.targets.copy_(layer.targets)
+    other = torch.randn(6, 9, 2, dtype=torch.float64)
+    expected = model(other)
+    same = TargetSpace(torch_like, order(x), project=False)
+    states, last = same(order(other))
+    torch.testing.assert_close(states, order(expected))
+    torch.testing.assert_close(last, expected[:, -1][None])
+    exported = same.to_weight_space()
+    assert type(exported) is nn.RNN
+    for found, right in zip(exported(order(other)), (states, last), strict=True):
+        torch.testing.assert_close(found, right)
+    plain = nn.RNN(2, 4, bias=bias, nonlinearity=nonlinearity, batch_first=batch_first)
+    plain.load_state_dict(exported.state_dict())
+    assert repr(plain) == repr(exported)
+
+
+def test_what_torch_takes_besides_is_refused():
+    torch.manual_seed(0)
+    model = TargetSpace(
+        nn.Sequential(TargetRNN(2, 4, (3, 5), batch_first=True)), torch.randn(3, 5, 2)
+    )
+    layer = model.model[0]
+    with pytest.raises(ValueError, match="start from a state of zeros, got a first state; keep nn"):
+        layer(torch.randn(3, 5, 2), torch.zeros(1, 3, 4))
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
+    with pytest.raises(ValueError, match="got PackedSequence"):
+        model(packed)
+    with pytest.raises(ValueError, match=r"shape \(N, T, 2\), got \(5, 2\); make the layer"):
+        TargetSpace(TargetRecurrent(2, 4, (3, 5)), torch.randn(3, 5, 2))(torch.randn(5, 2))
 
 
 def test_bad_arguments_are_refused():

@@ -82,4 +82,6 @@ def test_terms_are_equal(scale):
     assert (large.training.batch_size, one.training.batch_size) == (BATCH, 1)
     assert one.training.epochs == reference.training.epochs
     assert one.task == reference.task
-    assert large.tune.trials == one.tune.trials == reference.tune.trials
+    assert one.tune == reference.tune.model_copy(update={"low": one.tune.low})
+    assert large.tune.trials == 6
+    assert one.tune.trials * one.tune.seeds == 16

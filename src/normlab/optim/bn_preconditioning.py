@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
-from normlab.moments import wide
 from normlab.optim.bare_network import take_out_batch_norms
-from normlab.optim.input_moments import InputMoments, InputWatcher, Layer, group_layers
-from normlab.optim.preconditioner import Preconditioner, precondition_
-from normlab.parameter_groups import check_no_growth
+from normlab.optim.input_moments import InputMoments, InputWatcher, group_layers
+from normlab.optim.live import go_live, retire
+from normlab.optim.preconditioner import Preconditioner, precondition_layer
+from normlab.parameter_groups import check_held, check_no_growth
 
 Statistics = Literal["moments", "batch"]
 
@@ -51,10 +51,13 @@ class BatchNormPreconditioner:
     divide each entry by its own scale, undo most of it.
 
     The statistics stand in ``optimizer.param_groups[0]["bn_preconditioning"]``, so that
-    ``optimizer.state_dict()`` holds them and the model's stays that of a plain network. Under
+    ``optimizer.state_dict()`` holds them and the model's stays that of a plain network; those of a
+    checkpoint may be loaded before or after the preconditioner is built. Under
     ``DistributedDataParallel`` gradients are averaged before the step, and one collective a step
     joins the statistics of all layers; sharded parameters are not supported. With a closure, or
     where a gradient scaler skips a step, the statistics of all passes since the last step count.
+    A pass without backward counts in a compiled model only. Build the preconditioner before such a
+    model is called for the first time: the compiler does not see what is attached later.
 
     Args:
         model: The model; layers that share a weight are treated as one.
@@ -108,9 +111,6 @@ class BatchNormPreconditioner:
             _require(0 <= value < math.inf, name, value, "a number of at least 0")
         known = statistics in ("moments", "batch")
         _require(known, "statistics", statistics, "'moments' or 'batch'")
-        free = KEY not in optimizer.param_groups[0]
-        kind = type(optimizer).__name__
-        _require(free, "optimizer", kind, "one without a preconditioner")
         check_no_growth("BatchNormPreconditioner", optimizer)
         held = [p for group in optimizer.param_groups for p in group["params"]]
         self.optimizer = optimizer
@@ -130,20 +130,27 @@ class BatchNormPreconditioner:
         self._plan()
         self._edited = False
         self._noted: set[int] = set()
-        self._checked = optimizer.param_groups[0][KEY] = self._initial_state()
+        self._checked: dict[str, Any] | None = None
+        try:
+            self._state()
+            go_live(self, optimizer, KEY)
+        except ValueError:
+            self._watcher.remove()
+            raise
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
         """Stop; the model is left without a trace."""
         self._hook.remove()
         self._watcher.remove()
-        self.optimizer.param_groups[0].pop(KEY, None)
+        retire(self.optimizer, KEY)
 
     @torch.no_grad()
     def precondition_(self) -> None:
         """Transform the gradients now, in place of before the next step.
 
-        For what has to see transformed gradients before the step, such as clipping.
+        For what has to see transformed gradients before the step, such as clipping. Call it after
+        the step's last backward pass: the step does not transform them again unless one follows.
         """
         self._edited = True
         moments = self._watcher.take()
@@ -154,12 +161,13 @@ class BatchNormPreconditioner:
             if layer.weight.grad is None:
                 continue
             if called:
-                _edit(layer, matrices[place])
+                precondition_layer(layer, matrices[place])
             elif place not in self._noted:
                 self._noted.add(place)
                 warnings.warn(
                     f"BatchNormPreconditioner: {layer} has a gradient but was not called in "
-                    "training mode since the last step; its gradient is left as it is",
+                    "training mode since the last step; its gradient is left as it is (with "
+                    "torch.compile, build the preconditioner before the model's first call)",
                     stacklevel=2,
                 )
 
@@ -170,7 +178,7 @@ class BatchNormPreconditioner:
         if closure is not None:
             # The gradients to be used are yet to be computed.
             return (*args[:1], self._editing(closure)), {}
-        # What was edited by hand and not followed by another pass is not edited twice.
+        # What was edited by hand and not followed by another backward is not edited twice.
         if not (self._edited and self._watcher.empty):
             self.precondition_()
         self._edited = False
@@ -273,16 +281,6 @@ class BatchNormPreconditioner:
         return state
 
 
-def _edit(layer: Layer, matrix: Preconditioner) -> None:
-    grads = (layer.weight.grad, None if layer.bias is None else layer.bias.grad)
-    weight_grad, bias_grad = (None if grad is None else wide(grad) for grad in grads)
-    assert weight_grad is not None
-    precondition_(weight_grad, bias_grad, matrix)
-    for grad, edited in zip(grads, (weight_grad, bias_grad), strict=True):
-        if grad is not None and edited is not None and edited is not grad:
-            grad.copy_(edited)
-
-
 def _check_loaded(loaded: Tensor, wanted: Tensor) -> None:
     if loaded.shape != wanted.shape:
         raise ValueError(
@@ -334,7 +332,13 @@ def attach(
     debias: bool = False,
     small_batch_factor: bool = True,
 ) -> None:
-    """Transform gradients before each step, and say which layers are skipped."""
+    """Transform gradients before each step, and say which layers are skipped.
+
+    Raises:
+        ValueError: The optimiser was built before the model was prepared; or as for
+            `BatchNormPreconditioner`.
+    """
+    check_held("bn-preconditioning", model.parameters(), optimizer)
     preconditioner = BatchNormPreconditioner(
         model,
         optimizer,

@@ -45,10 +45,12 @@ class _Call(NamedTuple):
 
 
 class InputWatcher:
-    """Adds up the moments of what goes into layers, in calls in training mode with gradients.
+    """Adds up the moments of what goes into layers, in calls in training mode.
 
-    A copy or a pickle of a watched layer is not watched. Activation checkpointing calls a layer
-    twice for one gradient, which doubles ``num_rows``.
+    A call counts when its gradient comes back, and once: a pass without backward does not count,
+    nor does the pass that activation checkpointing throws away. In a compiled model, of which a
+    hook on a tensor would break the graph, each call with gradients on counts at once, so that
+    checkpointing around it counts double. A copy or a pickle of a watched layer is not watched.
 
     Args:
         layers: For each entry of the result the layers that are counted together.
@@ -61,7 +63,7 @@ class InputWatcher:
     Example:
         >>> layer = nn.Linear(2, 1)
         >>> watcher = InputWatcher([[layer]])
-        >>> _ = layer(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+        >>> layer(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).sum().backward()
         >>> watcher.take().mean.tolist()
         [2.0, 2.0]
     """
@@ -118,12 +120,22 @@ class InputWatcher:
 
     @torch.no_grad()
     def add(self, place: int, layer: Layer, x: Tensor, output: Tensor) -> None:
-        """Count one call."""
+        """Count one call, when its gradient comes."""
         features = wide(_rows(layer, x.detach()))
         mean, variance = _mean_and_variance(features)
         count = features.numel() // features.shape[1]
         num_rows = output.numel() // layer.weight.shape[0]
-        self._calls[place].append(_Call(mean, variance, count, num_rows))
+        calls, call = self._calls[place], _Call(mean, variance, count, num_rows)
+        if torch.compiler.is_compiling():
+            calls.append(call)
+            return
+
+        def count_once(_: Tensor) -> None:
+            # The gradient comes back several times where the graph is kept for several losses.
+            if all(call is not other for other in calls):
+                calls.append(call)
+
+        output.register_hook(count_once)
 
 
 class _Watch:
@@ -136,7 +148,7 @@ class _Watch:
         self._watcher, self._place = watcher, place
 
     def __call__(self, layer: Any, args: Any, named: dict[str, Any], output: Tensor) -> None:
-        if self._watcher is None or not (layer.training and torch.is_grad_enabled()):
+        if self._watcher is None or not (layer.training and output.requires_grad):
             return
         x = args[0] if args else named["input"]
         if x.numel() > 0:

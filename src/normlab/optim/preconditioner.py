@@ -12,7 +12,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from normlab.moments import wide
 
 
 class Preconditioner(NamedTuple):
@@ -84,6 +86,18 @@ def precondition_(
     column = bias_grad.view(-1, *(1,) * (weight_grad.dim() - 1))
     weight_grad.addcmul_(column, mean, value=-1).mul_(scale)
     bias_grad.div_(preconditioner.square_q).sub_(_dot(weight_grad, mean))
+
+
+def precondition_layer(layer: nn.Module, preconditioner: Preconditioner) -> None:
+    """Transform the gradients that a layer's parameters hold, in place."""
+    found = (layer._parameters["weight"], layer._parameters.get("bias"))
+    grads = [None if parameter is None else parameter.grad for parameter in found]
+    weight_grad, bias_grad = (None if grad is None else wide(grad) for grad in grads)
+    assert weight_grad is not None
+    precondition_(weight_grad, bias_grad, preconditioner)
+    for grad, edited in zip(grads, (weight_grad, bias_grad), strict=True):
+        if grad is not None and edited is not None and edited is not grad:
+            grad.copy_(edited)
 
 
 def map_back(

@@ -34,6 +34,7 @@ gradients are those of one process on the joined batch, without any further exch
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,10 @@ from normlab.weights.target_space_layer import (
     check_ridge,
 )
 from normlab.weights.target_space_model import TargetSpace, check_realisation, dressed
+from normlab.weights.target_space_recurrent import TargetRNN
+
+Convertible = nn.Linear | nn.Conv2d | nn.RNN
+"""The layers that have a kind of target layer."""
 
 REALISATION_SIZE = 100
 """How many samples the realisation batch has where no number is asked for and so many are there."""
@@ -76,9 +81,10 @@ def target_space(
 ) -> TargetSpace:
     """Put a model of torch's layers into target space; its weights are lost.
 
-    Every nn.Linear and nn.Conv2d that is called once becomes a target layer. torch's batch
-    normalisation layers become identities, and then every target layer has a bias. Other layers
-    stay, and weights of theirs are trained as they are.
+    Every nn.Linear and nn.Conv2d that is called once becomes a target layer, and so does an nn.RNN
+    of one layer and direction that starts from zeros. torch's batch normalisation layers become
+    identities, and then every target layer has a bias. Other layers stay, and weights of theirs are
+    trained as they are.
 
     Args:
         model: A model, changed in place.
@@ -91,7 +97,7 @@ def target_space(
         project: Whether to make the first targets reachable.
         float64: Whether to solve in float64.
         generator: For the first targets.
-        say: Takes sentences about what was done.
+        say: Takes sentences about what was done; None for a warning where weights stay.
 
     Returns:
         The model in target space.
@@ -119,43 +125,63 @@ def target_space(
             "target_space(model): expected no batch normalisation but torch's BatchNorm layers, "
             f"got {', '.join(strange)}; take it out first"
         )
-    chosen, kept = _layers(model, trace_flow(model, realisation))
+    chosen, kept = _layers(model, *_traced(model, realisation))
     if not chosen:
         reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())
         raise Unsuitable(
-            "target_space(model): expected an nn.Linear or nn.Conv2d called once in a forward "
-            f"pass, got none ({reasons or 'there is no such layer'}); build the model from "
+            "target_space(model): expected an nn.Linear, nn.Conv2d or nn.RNN called once in a "
+            f"forward pass, got none ({reasons or 'there is no such layer'}); build the model from "
             "TargetLinear, TargetConv2d or TargetRecurrent"
         )
     options = {
         "ridge": ridge,
         "relative": relative,
-        "mode": mode,
         "float64": float64,
         "generator": generator,
     }
     replacements: dict[nn.Module, nn.Module] = {norm: nn.Identity() for norm in norms.values()}
     for layer, shape in chosen.items():
-        bias = layer.bias is not None or bool(norms)
-        replacements[layer] = dressed(_target_layer(layer, shape, bias, options), layer)
+        own = any("bias" in name for name, _ in layer.named_parameters(recurse=False))
+        bias = own or bool(norms)
+        replacements[layer] = dressed(_target_layer(layer, shape, bias, mode, options), layer)
     snapshot = Snapshot(model)
     try:
         found = TargetSpace(swap(model, replacements), realisation, project=project)
     except BaseException:
         snapshot.restore()
         raise
+    staying = f"weights stay: {'; '.join(f'{name} {why}' for name, why in kept.items())}"
+    if say is None and kept:
+        warnings.warn(f"target_space: {staying}", stacklevel=2)
     if say is not None:
         say(f"{len(chosen)} layers are in target space, over {len(realisation)} samples")
         if norms:
             say(f"{len(norms)} BatchNorm layers were taken out; each layer's bias does their work")
         if kept:
-            say(f"weights stay: {'; '.join(f'{name} {why}' for name, why in kept.items())}")
+            say(staying)
     return found
 
 
+def _traced(model: nn.Module, realisation: Tensor) -> tuple[Flow, set[nn.Module]]:
+    """Return what one pass shows, and the recurrent layers that it gives a first state."""
+    given: set[nn.Module] = set()
+
+    def look(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if any(value is not None for value in (*args[1:], named.get("hx"))):
+            given.add(module)
+
+    layers = [module for module in model.modules() if type(module) is nn.RNN]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    try:
+        return trace_flow(model, realisation), given
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _layers(
-    model: nn.Module, flow: Flow
-) -> tuple[dict[nn.Linear | nn.Conv2d, torch.Size], dict[str, str]]:
+    model: nn.Module, flow: Flow, given: set[nn.Module]
+) -> tuple[dict[Convertible, torch.Size], dict[str, str]]:
     """Return the layers to convert with the shape of their input, and why others stay."""
     chosen, kept = {}, {}
     modules = set(model.modules())
@@ -167,30 +193,46 @@ def _layers(
         if not weights or isinstance(module, ParametrizationList):
             continue
         calls = flow.of(module)
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or type(module) not in (
-            nn.Linear,
-            nn.Conv2d,
-        ):
+        shape = calls[0].input_shape if calls else None
+        kinds = (nn.Linear, nn.Conv2d, nn.RNN)
+        if not isinstance(module, kinds) or type(module) not in kinds:
             kept[name] = f"is of another kind ({type(module).__name__})"
-        elif set(module._parameters) != {"weight", "bias"} or any(
+        elif isinstance(module, nn.RNN) and (module.num_layers > 1 or module.bidirectional):
+            kept[name] = "has several layers or directions"
+        elif set(module._parameters) != _names(module) or any(
             holders[id(weight)] > 1 for weight in weights
         ):
             kept[name] = "shares its weight, or makes it from others"
-        elif len(calls) != 1 or calls[0].input_shape is None:
+        elif len(calls) != 1:
             kept[name] = f"is called {len(calls)} times"
+        elif shape is None or (isinstance(module, nn.RNN) and len(shape) != 3):
+            kept[name] = "does not take one tensor with a batch"
+        elif module in given:
+            kept[name] = "is given a first state"
         elif not all(weight.requires_grad for weight in weights):
             kept[name] = "is frozen"
         else:
-            chosen[module] = calls[0].input_shape
+            chosen[module] = shape
     return chosen, kept
 
 
+def _names(layer: Convertible) -> set[str]:
+    """Return the names of all parameters of a layer that computes none of them."""
+    if not isinstance(layer, nn.RNN):
+        return {"weight", "bias"}
+    matrices = {"weight_ih_l0", "weight_hh_l0"}
+    return matrices | ({"bias_ih_l0", "bias_hh_l0"} if layer.bias else set())
+
+
 def _target_layer(
-    layer: nn.Linear | nn.Conv2d, shape: torch.Size, bias: bool, options: dict[str, Any]
+    layer: Convertible, shape: torch.Size, bias: bool, mode: Mode, options: dict[str, Any]
 ) -> TargetLayer:
-    if isinstance(layer, nn.Linear):
-        return TargetLinear(layer.in_features, layer.out_features, shape[:-1], bias, **options)
-    return TargetConv2d.like(layer, shape, bias, **options)
+    if isinstance(layer, nn.RNN):
+        return TargetRNN.like(layer, shape, bias, **options)
+    if isinstance(layer, nn.Conv2d):
+        return TargetConv2d.like(layer, shape, bias, mode=mode, **options)
+    leading = shape[:-1]
+    return TargetLinear(layer.in_features, layer.out_features, leading, bias, mode=mode, **options)
 
 
 def prepare(
@@ -313,8 +355,8 @@ CARD = Card(
         "Rates are not those of weights: the paper's script takes SGD at 10 where weights take "
         "0.1 (lr_factor=100), and Adam at 0.01.",
         "A prepared model's parameters are targets; to_weight_space gives an ordinary network.",
-        "BatchNorm is taken out; transposed and 1-d convolutions and recurrent layers of torch "
-        "keep their weights, TargetRecurrent has to be put in by hand.",
+        "BatchNorm is taken out; transposed and 1-d convolutions, LSTM, GRU and RNNs of several "
+        "layers or directions keep their weights.",
         "A realisation batch of n samples leaves dense layers weights of rank n at most.",
     ),
     departures=(

@@ -120,6 +120,8 @@ class TargetConv2d(TargetLayer):
 
     def rows_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One row for each sample and position, apart for each group of channels."""
+        fits = x.dim() == 4 and x.shape[1] == self.in_channels
+        self.check_input(x, fits, f"(N, {self.in_channels}, H, W)")
         padded = self._padded(x)
         size = _output_size(padded.shape[-2:], self.kernel_size, self.stride, self.dilation)
         self.check_rows((len(x), self.out_channels, *size))

@@ -128,7 +128,8 @@ class TargetLayer(nn.Module):
             x: The layer's input on the realisation batch.
 
         Raises:
-            ValueError: The sums have another shape than the targets.
+            ValueError: The input has a shape that the layer is not made for, or the sums have
+                another shape than the targets.
         """
         rows, targets = self.rows_of(x)
         accurate = torch.float64 if self.float64 else wide(targets).dtype
@@ -140,6 +141,14 @@ class TargetLayer(nn.Module):
         if not self.has_bias:
             return Solved(self.weight_of(matrix), None)
         return Solved(self.weight_of(matrix[..., 1:, :]), matrix[..., 0, :].flatten())
+
+    def check_input(self, x: Tensor, fits: bool, expected: str) -> None:
+        """Refuse an input of a shape that the layer is not made for."""
+        if not fits:
+            raise ValueError(
+                f"{type(self).__name__}(x): expected an input of shape {expected}, got "
+                f"{tuple(x.shape)}; make the layer for such inputs"
+            )
 
     def check_rows(self, shape: Sequence[int]) -> None:
         """Refuse a realisation batch whose sums would have another shape than the targets."""
@@ -215,6 +224,7 @@ class TargetLinear(TargetLayer):
 
     def rows_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One row for each sample and position."""
+        self.check_input(x, x.shape[-1] == self.in_features, f"(*, {self.in_features})")
         self.check_rows((*x.shape[:-1], self.out_features))
         return x.reshape(-1, x.shape[-1]), self.targets.reshape(-1, self.out_features)
 

@@ -1,9 +1,9 @@
-r"""The recurrent layer of target space, and the ordinary one into which it is exported."""
+r"""The recurrent layers of target space, and the ordinary one into which one is exported."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,7 @@ class TargetRecurrent(TargetLayer):
 
     def rows_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One row for each sample and time: the input, then the state wanted before it."""
+        self._check_sequences(x)
         self.check_rows((*x.shape[:-1], self.hidden_size))
         wanted = getattr(torch, self.nonlinearity)(self.targets)
         rows = torch.cat([x.to(wanted.dtype), _delayed(wanted)], dim=-1)
@@ -93,6 +94,7 @@ class TargetRecurrent(TargetLayer):
         return F.linear(torch.cat([x, before], dim=-1), solved.weight, solved.bias)
 
     def _states(self, x: Tensor, solved: Solved) -> Tensor:
+        self._check_sequences(x)
         from_input, from_state = solved.weight.split((self.input_size, self.hidden_size), dim=1)
         driven = F.linear(x, from_input, solved.bias)
         activation = getattr(torch, self.nonlinearity)
@@ -103,7 +105,11 @@ class TargetRecurrent(TargetLayer):
             states.append(state)
         return torch.stack(states, dim=1)
 
-    def to_weight_space(self, solved: Solved) -> RecurrentLayer:
+    def _check_sequences(self, x: Tensor) -> None:
+        fits = x.dim() == 3 and x.shape[-1] == self.input_size
+        self.check_input(x, fits, f"(N, T, {self.input_size})")
+
+    def to_weight_space(self, solved: Solved) -> nn.Module:
         """A `RecurrentLayer`."""
         layer = RecurrentLayer(
             self.input_size,
@@ -112,18 +118,23 @@ class TargetRecurrent(TargetLayer):
             self.nonlinearity,
             self.return_sequences,
         )
+        self.load_into(layer.cell, solved)
+        return layer
+
+    def load_into(self, cell: nn.RNN, solved: Solved) -> nn.RNN:
+        """Put solved weights into torch's layer, and return it."""
         from_input, from_state = solved.weight.split((self.input_size, self.hidden_size), dim=1)
         bias = solved.bias
         zero = None if bias is None else torch.zeros_like(bias)
         load(
-            layer.cell,
+            cell,
             weight_ih_l0=from_input,
             weight_hh_l0=from_state,
             bias_ih_l0=bias,
             bias_hh_l0=zero,
         )
-        layer.cell.flatten_parameters()
-        return layer
+        cell.flatten_parameters()
+        return cell
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print``."""
@@ -132,6 +143,88 @@ class TargetRecurrent(TargetLayer):
             f"{self.input_size}, {self.hidden_size}, rows={rows}, "
             f"nonlinearity={self.nonlinearity!r}, ridge={self.ridge}"
         )
+
+
+class TargetRNN(TargetRecurrent):
+    """A `TargetRecurrent` that takes and returns what an ``nn.RNN`` of one layer does.
+
+    Args:
+        input_size: As for `TargetRecurrent`, like hidden_size, rows, bias and nonlinearity.
+        batch_first: Whether samples come first in input and output, rather than times.
+        options: The keyword-only arguments of `TargetRecurrent`.
+
+    Shape:
+        ``(T, N, input_size)`` to ``(T, N, hidden_size)`` and the last states
+        ``(1, N, hidden_size)``; the first two with ``batch_first`` as ``(N, T, *)``.
+
+    Raises:
+        ValueError: As for `TargetRecurrent`.
+
+    Example:
+        >>> from normlab.weights.target_space_model import TargetSpace
+        >>> model = TargetSpace(TargetRNN(2, 3, rows=(4, 7)), torch.randn(7, 4, 2))
+        >>> states, last = model(torch.randn(20, 5, 2))
+        >>> states.shape, last.shape
+        (torch.Size([20, 5, 3]), torch.Size([1, 5, 3]))
+        >>> model.to_weight_space()
+        RNN(2, 3)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        rows: Sequence[int],
+        bias: bool = True,
+        nonlinearity: Nonlinearity = "tanh",
+        batch_first: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(input_size, hidden_size, rows, bias, nonlinearity, **options)
+        self.batch_first = batch_first
+
+    @classmethod
+    def like(
+        cls, layer: nn.RNN, input_shape: Sequence[int], bias: bool, **options: Any
+    ) -> TargetRNN:
+        """Return a layer of the form of ``layer``, for a realisation pass with such an input.
+
+        Args:
+            layer: A recurrent layer of one layer and direction; its weights are not looked at.
+            input_shape: The shape of its input in the realisation pass.
+            bias: Whether the new layer has a bias.
+            options: The keyword-only arguments of the class.
+        """
+        one, other, _ = input_shape
+        rows = (one, other) if layer.batch_first else (other, one)
+        sizes = (layer.input_size, layer.hidden_size)
+        return cls(*sizes, rows, bias, layer.nonlinearity, layer.batch_first, **options)
+
+    def forward(self, x: Tensor, hx: None = None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the states at every time and the last ones, from a state of zeros.
+
+        Raises:
+            ValueError: A first state is given, or a packed sequence; or as for `TargetLayer`.
+        """
+        if hx is not None or not isinstance(x, Tensor):
+            got = "a first state" if hx is not None else type(x).__name__
+            raise ValueError(
+                f"TargetRNN(x): expected sequences in one tensor that start from a state of zeros, "
+                f"got {got}; keep nn.RNN where a model needs that"
+            )
+        states = super().forward(x if self.batch_first else x.transpose(0, 1))
+        return states if self.batch_first else states.transpose(0, 1), states[:, -1].unsqueeze(0)
+
+    def to_weight_space(self, solved: Solved) -> nn.RNN:
+        """An ``nn.RNN``."""
+        cell = nn.RNN(
+            self.input_size,
+            self.hidden_size,
+            nonlinearity=self.nonlinearity,
+            bias=self.has_bias,
+            batch_first=self.batch_first,
+        )
+        return self.load_into(cell, solved)
 
 
 class RecurrentLayer(nn.Module):
