@@ -12,6 +12,7 @@ from normlab.optim.lars import LARS, METHOD
 from normlab.optim.layer_adaptation import exclude_from_adaptation, excluded_parameters
 from normlab.optim.tensor_lists import tensor_norms, total_norm
 from normlab.testing import METHOD_CHECKS, MethodCase
+from normlab.weights.weight_standardization import standardize_weights
 
 SHAPES = ((4, 3), (5,), (2, 3, 3, 3))
 
@@ -157,6 +158,14 @@ class Mixed(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
         self.scale = nn.Parameter(torch.ones(4))
         self.fc = nn.Linear(4, 2)
+
+
+def test_gains_of_standardised_weights_do_not_adapt():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Linear(1, 5))
+    standardize_weights(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    excluded = [names[id(parameter)] for parameter in excluded_parameters(model)]
+    assert excluded == ["0.bias", "0.parametrizations.weight.0.gain", "2.bias"]
 
 
 def test_what_is_excluded():

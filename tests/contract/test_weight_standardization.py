@@ -10,6 +10,8 @@ from torch.nn.utils import parametrize
 
 from normlab import WeightStandardization, standardize_weight, standardize_weights
 from normlab.method import Setting, Unsuitable
+from normlab.optim.adaptive_clipping import METHOD as CLIPPING
+from normlab.optim.adaptive_clipping import AdaptiveClipping
 from normlab.weights.weight_standardization import METHOD
 
 
@@ -81,6 +83,107 @@ def test_a_constant_filter_gives_zero_and_no_nan():
     value.backward(torch.ones(2, 6))
     assert torch.equal(value, torch.zeros(2, 6))
     assert torch.isfinite(weight.grad).all()
+
+
+def test_a_constant_filter_has_the_same_gradient_by_every_way():
+    weight = torch.randn(3, 6, dtype=torch.float64)
+    weight[1] = 3.0
+    weight[2] = 0.0
+    weight.requires_grad_()
+    slope = torch.randn(3, 6, dtype=torch.float64)
+    value = standardize_weight(weight)
+    (expected,) = torch.autograd.grad(value, weight, slope, retain_graph=True)
+    assert expected.isfinite().all()
+    (by_graph,) = torch.autograd.grad(value, weight, slope, create_graph=True)
+    by_function = torch.func.grad(lambda w: (standardize_weight(w) * slope).sum())(weight.detach())
+    torch.testing.assert_close(by_graph, expected)
+    torch.testing.assert_close(by_function, expected)
+    (second,) = torch.autograd.grad(by_graph.square().sum(), weight)
+    assert second.isfinite().all()
+
+
+def test_a_convolution_of_zeros_trains_compiled_and_by_its_gradients_norm():
+    layer = nn.Conv2d(2, 3, 3)
+    nn.init.zeros_(layer.weight)
+    standardize_weights(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(2, 2, 4, 4)).square().sum().backward()
+    parameters = list(layer.parameters())
+    assert all(parameter.grad.isfinite().all() for parameter in parameters)
+    loss = layer(torch.randn(2, 2, 4, 4)).square().sum()
+    slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+    sum(slope.square().sum() for slope in slopes).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in parameters)
+
+
+@pytest.mark.parametrize("constant", ["no gain", "gain", "weight"])
+def test_second_derivatives_where_one_argument_is_constant(constant):
+    weight = torch.randn(2, 4, dtype=torch.float64, requires_grad=constant != "weight")
+    gain = torch.tensor([0.7, 1.2], dtype=torch.float64, requires_grad=constant == "weight")
+    free = gain if constant == "weight" else weight
+    gain = None if constant == "no gain" else gain
+    ones = torch.ones(2, dtype=torch.float64)
+    curvatures = []
+    for value in (
+        standardize_weight(weight, gain),
+        plain(weight, ones if gain is None else gain, 1.0, 1e-5),
+    ):
+        (slope,) = torch.autograd.grad(value.pow(3).sum(), free, create_graph=True)
+        curvatures += torch.autograd.grad(slope.square().sum(), free)
+    torch.testing.assert_close(*curvatures)
+
+
+def test_the_gains_are_clipped_unit_by_unit():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(3, 2))
+    standardize_weights(model)
+    gain = layer.parametrizations.weight[0].gain
+    assert gain.shape == (3, 1, 1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    AdaptiveClipping(optimizer, [model[2]], clipping=0.02)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gain.grad.copy_(torch.tensor([5.0, 0.01, 0.0]).view_as(gain))
+    optimizer.step()
+    torch.testing.assert_close(gain.flatten(), torch.tensor([0.98, 0.99, 1.0]))
+
+
+def test_the_method_is_clipped_but_for_the_classifier():
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 2, 3, 3)
+    setting = Setting(batches=((inputs, torch.tensor([0, 1])),))
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1), nn.Flatten())
+    method = METHOD + CLIPPING
+    model = method.prepare(model, setting)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    method.attach(model, optimizer, setting)
+    model(inputs).sum().backward()
+    first, last = (
+        list(layer.parametrizations.weight.parameters()) for layer in (model[0], model[2])
+    )
+    for parameter in (*first, *last):
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.detach().clone() for parameter in (*first, *last)]
+    optimizer.step()
+    moved = [
+        (one - parameter).flatten(1).norm(dim=1)
+        for one, parameter in zip(before, (*first, *last), strict=True)
+    ]
+    norms = [one.flatten(1).norm(dim=1) for one in before]
+    for step, norm in zip(moved[:2], norms[:2], strict=True):
+        torch.testing.assert_close(step, 0.02 * norm, rtol=1e-3, atol=1e-6)
+    for step, one in zip(moved[2:], before[2:], strict=True):
+        torch.testing.assert_close(step, torch.ones_like(one).flatten(1).norm(dim=1))
+
+
+def test_a_new_weight_can_be_written():
+    layer = nn.Conv2d(2, 3, 3)
+    standardize_weights(layer)
+    new = torch.randn(3, 2, 3, 3)
+    layer.weight = new
+    assert torch.equal(layer.parametrizations.weight.original, new)
+    assert torch.equal(layer.weight, standardize_weight(new))
 
 
 def test_unit_variance_goes_through():

@@ -12,7 +12,13 @@ from data_root import require_data
 from normlab.lab.claims import gan_runs, spectral_norm
 from normlab.lab.claims.claim import FAILS, HOLDS, UNDECIDED, Claim, locate
 from normlab.lab.claims.gan_runs import Arm, Bench, GanRun, Setup, features_of, frechet_distance
-from normlab.lab.claims.spectral_norm import Search, deviations, judge_gans, train_gans
+from normlab.lab.claims.spectral_norm import (
+    Search,
+    deviations,
+    judge_gans,
+    train_gans,
+    worst_direction,
+)
 from normlab.lab.compare import compare
 from normlab.lab.loops.adversarial import SingularValues
 from normlab.lab.models import build_model
@@ -52,10 +58,13 @@ def test_features_are_what_the_readout_sees(name):
 # -- made-up runs ---------------------------------------------------------------------------------
 
 
-def made_up(distance, means, diverged_at=None):
-    """Build a run from its distance and, for each layer, the means of its singular values."""
+def made_up(distance, means, diverged_at=None, apart=0.25):
+    """Build a run from its distance and, for each layer, the means of its singular values.
+
+    Forwards and backwards lie ``apart`` above and below their mean.
+    """
     values = {
-        name: [SingularValues(mean + 0.25, mean - 0.25) for mean in measured]
+        name: [SingularValues(mean + apart, mean - apart) for mean in measured]
         for name, measured in means.items()
     }
     return GanRun(distance, distance, 100.0, values, diverged_at)
@@ -84,10 +93,10 @@ def verdicts(findings):
 )
 def test_distances_decide(one_sided, two_sided, expected):
     findings = judge_gans(CHOSEN, found(one_sided, two_sided), {"x": 1.0})
-    assert verdicts(findings) == [HOLDS, HOLDS, expected]
+    assert verdicts(findings) == [HOLDS, HOLDS, HOLDS, expected]
     logarithms = [math.log(b / a) for a, b in zip(one_sided, two_sided, strict=True)]
-    assert findings[2].measured == pytest.approx(sum(logarithms) / 3)
-    assert findings[2].n == 3
+    assert findings[3].measured == pytest.approx(sum(logarithms) / 3)
+    assert findings[3].n == 3
     json.dumps([asdict(finding) for finding in findings], allow_nan=False)
 
 
@@ -95,15 +104,41 @@ def test_singular_values_decide():
     distances = [10, 12, 11], [8, 9, 8.5]
     # One layer at one moment is enough to have left the scale 2 ...
     findings = judge_gans(CHOSEN, found(*distances, two_means={"a": [2.0, 2.2], "b": [2, 2]}), {})
-    assert verdicts(findings) == [FAILS, HOLDS, HOLDS]
+    assert verdicts(findings) == [FAILS, HOLDS, HOLDS, HOLDS]
     assert findings[0].measured == pytest.approx(10.0)
     # ... also below it, and one moment at which layers are near it on average to have stayed.
     findings = judge_gans(CHOSEN, found(*distances, two_means={"a": [1.6, 2.0], "b": [2, 2]}), {})
     assert findings[0].measured == pytest.approx(20.0)
     one_means = {"a": [1.3, 1.08, 1.3], "b": [1.0, 1.0, 0.5]}
     findings = judge_gans(CHOSEN, found(*distances, one_means=one_means), {})
-    assert verdicts(findings) == [HOLDS, FAILS, HOLDS]
+    assert verdicts(findings) == [HOLDS, FAILS, HOLDS, HOLDS]
     assert findings[1].measured == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("apart", "expected"),
+    [
+        ([0.6, 0.4, 0.5], HOLDS),  # 20 % to 30 %
+        ([1.4, 1.6, 1.5], FAILS),  # 70 % to 80 %
+        ([1.0, 0.4, 1.6], UNDECIDED),
+    ],
+)
+def test_the_worse_direction_decides(apart, expected):
+    """The one-sided runs are 55 % off, forwards in the first layer, at the end."""
+    runs = found([10, 12, 11], [8, 9, 8.5], one_means={"a": [9.0, 1.3], "b": [1.0, 1.0]})
+    runs[2] = {s: made_up(8, {"a": [2.0, 2.0]}, apart=one) for s, one in enumerate(apart)}
+    finding = judge_gans(CHOSEN, runs, {})[2]
+    assert finding.verdict == expected
+    assert finding.measured == pytest.approx(50 * sum(apart) / 3 - 55)
+    layer = finding.details["over scale, by layer, at the end, two-sided"]["a"]
+    assert layer["forwards"] == pytest.approx(1 + sum(apart) / 6)
+    assert layer["backwards"] == pytest.approx(1 - sum(apart) / 6)
+    assert layer["mean"] == pytest.approx(1.0)
+
+
+def test_the_worst_direction_is_that_of_any_layer_at_the_end():
+    run = made_up(1.0, {"a": [9.0, 2.0], "b": [2.0, 1.0]})
+    assert worst_direction(run, 2.0) == pytest.approx(62.5)
 
 
 def test_deviations_are_relative_to_the_scale():
@@ -247,7 +282,7 @@ def test_a_run_that_diverged_counts_as_untrained(features):
 
 def test_a_missing_classifier_leaves_all_undecided(features):
     run = replace(features, trials=[])
-    assert verdicts(spectral_norm.measure_gans({"features": run})) == [UNDECIDED] * 3
+    assert verdicts(spectral_norm.measure_gans({"features": run})) == [UNDECIDED] * 4
 
 
 def test_the_claim_names_its_method():

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -41,6 +42,15 @@ def test_the_code_runs():
 def test_the_table_names_every_method_in_order():
     table = re.findall(r"^\| `([\w-]+)` \|", TEXT, flags=re.MULTILINE)
     assert table == [method.card.name for method in METHODS]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.card.name)
+def test_the_table_says_of_batches_what_the_card_says(method):
+    card = method.card
+    (row,) = re.findall(rf"^\| `{card.name}` \|.*\| (.*) \| (.*) \|$", TEXT, flags=re.MULTILINE)
+    as_the_model = card.batch_of_one == "as the model" and not card.batch_statistics
+    needs = "yes" if card.batch_statistics else "as the model" if as_the_model else "no"
+    assert row == (needs, card.batch_of_one)
 
 
 def test_local_links_and_pictures_exist():

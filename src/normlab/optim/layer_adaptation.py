@@ -20,8 +20,8 @@ PORTION = 2**20
 def excluded_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return what neither adapts its rate to its norm nor decays: biases, scales, shifts.
 
-    These are the parameters of at most one axis, those called ``bias``, and those of torch's
-    normalisers and their subclasses.
+    These are the parameters of at most one axis, those called ``bias`` or, as in standardised
+    weights, ``gain``, and those of torch's normalisers and their subclasses.
 
     Args:
         model: Any module.
@@ -30,7 +30,9 @@ def excluded_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [
         parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() <= 1 or name.rpartition(".")[2] == "bias" or id(parameter) in of_norms
+        if parameter.dim() <= 1
+        or name.rpartition(".")[2] in ("bias", "gain")
+        or id(parameter) in of_norms
     ]
 
 
