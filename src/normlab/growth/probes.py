@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normlab.surgery.flow import evaluating, uncompiled
+from normlab.surgery.flow import evaluating, tensors_in, uncompiled
 
 if TYPE_CHECKING:
     from normlab.growth.pairs import GrowthPair
@@ -30,7 +30,7 @@ def read_elsewhere(model: nn.Module, inputs: tuple[Any, ...], pair: GrowthPair) 
     ]
     try:
         with evaluating(model), uncompiled(), torch.enable_grad():
-            outputs = [one for one in _tensors(model(*inputs)) if one.requires_grad]
+            outputs = [one for one in tensors_in(model(*inputs)) if one.requires_grad]
             total = sum(one.double().sum() for one in outputs)
             if not isinstance(total, Tensor) or not units:
                 return False
@@ -96,12 +96,3 @@ def follows_width(model: nn.Module, inputs: tuple[Any, ...], pair: GrowthPair) -
     wanted = list(before.shape)
     wanted[axis] += size // pair.width
     return list(after.shape) == wanted and torch.allclose(after.narrow(axis, 0, size), before)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = tuple(values.values())
-    nested = values if isinstance(values, (list, tuple)) else ()
-    return [tensor for value in nested for tensor in _tensors(value)]

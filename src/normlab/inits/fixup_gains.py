@@ -10,14 +10,14 @@ Normalization", 2019, arXiv 1901.09321.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normlab.surgery.flow import evaluating, uncompiled
+from normlab.surgery.flow import evaluating, tensors_in, uncompiled
 
 _ADDING = ("add", "iadd", "radd", "sub", "isub", "rsub")
 _MULTIPLYING = ("mul", "imul", "rmul", "multiply")
@@ -89,7 +89,7 @@ class _Follower(TorchFunctionMode):
 
     def start(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Begin to follow what a last layer returns."""
-        first = next(_tensors(output))
+        first = next(tensors_in(output))
         self._alive.append(first)
         self._ways[id(first)] = frozenset()
 
@@ -98,7 +98,7 @@ class _Follower(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         word = getattr(func, "__name__", "").strip("_")
-        given, made = list(_tensors((args, kwargs))), list(_tensors(result))
+        given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
         self._alive.append((given, made))
         ways = [self._ways[id(one)] for one in given if id(one) in self._ways]
         factors = [self._parameters[id(one)] for one in given if id(one) in self._parameters]
@@ -116,11 +116,3 @@ class _Follower(TorchFunctionMode):
             multiplied = frozenset()
         self._ways.update((id(one), multiplied) for one in made)
         return result
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (dict, list, tuple)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)

@@ -6,7 +6,7 @@ Normalization", 2019, arXiv 1901.09321.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normlab.inits.fixup_rules import weights_of
 from normlab.method import Setting, Unsuitable
 from normlab.surgery.branches import Branch
-from normlab.surgery.flow import evaluating
+from normlab.surgery.flow import evaluating, tensors_in
 
 
 def inputs_of(setting: Setting) -> tuple[Any, ...]:
@@ -90,13 +90,13 @@ def _run(
     for name, head in heads.items():
 
         def look(_: nn.Module, given: Any, named: Any, output: Any, name: str = name) -> None:
-            features.append(next(_tensors((given, named))).clone())
-            logits.append((name, next(_tensors(output)).clone()))
+            features.append(next(tensors_in((given, named))).clone())
+            logits.append((name, next(tensors_in(output)).clone()))
 
         hooks.append(head.register_forward_hook(look, with_kwargs=True))
     try:
         with evaluating(model):
-            output = next(_tensors(model(*inputs)), None)
+            output = next(tensors_in(model(*inputs)), None)
     finally:
         for hook in hooks:
             hook.remove()
@@ -134,11 +134,3 @@ def _moved(
 def _inside(layer: nn.Module, *, last: bool) -> list[Tensor]:
     weights = weights_of(layer)
     return [weight for weight in (weights[:-1] if last else weights) if weight is not None]
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (dict, list, tuple)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)

@@ -153,6 +153,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a module takes or returns: one, or nested in lists and the like."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (dict, list, tuple)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from tensors_in(value)
+
+
 def normalises_by_batch(module: nn.Module) -> bool:
     """Return whether a module uses statistics of the batch in training.
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from normlab.surgery.flow import Call, Flow, Sum, trace_flow
+from normlab.surgery.flow import Call, Flow, Sum, tensors_in, trace_flow
 from normlab.surgery.named_norms import NamedNorms
 from normlab.surgery.normalisers import find_normalisers
 from normlab.surgery.weight_uses import RECURRENT, Marks, WeightUses, in_order, sources_of
@@ -169,7 +169,7 @@ class _Ends(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         self.marks()
         outputs = self.model(*(self.entry(x) if isinstance(x, Tensor) else x for x in inputs))
-        return self.exit(next(_tensors(outputs), None))
+        return self.exit(next(tensors_in(outputs), None))
 
     @contextmanager
     def seen_whole(self) -> Iterator[None]:
@@ -192,8 +192,8 @@ class _Returned(nn.Module):
         self.by = (by,)
 
     def see(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        given = next(_tensors(inputs), None)
-        for made in () if isinstance(output, Tensor) else _tensors(output):
+        given = next(tensors_in(inputs), None)
+        for made in () if isinstance(output, Tensor) else tensors_in(output):
             self(given, made)
 
     def forward(self, given: Tensor | None, made: Tensor) -> Tensor:
@@ -222,14 +222,6 @@ def _by_position(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, (dict, list, tuple)):
-        for value in outputs.values() if isinstance(outputs, dict) else outputs:
-            yield from _tensors(value)
 
 
 class _Maker:
