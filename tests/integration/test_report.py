@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from normlab.lab.records import RecordError, TrialRecord, read_run
 from normlab.lab.report import colours, words, write_report
 from normlab.lab.report.curves import curve
 from normlab.lab.report.summary import summarise
-from normlab.lab.report.verdict import verdict
+from normlab.lab.report.verdict import _by_how_much, verdict
 
 ALL = ((0, "diverged", 0.2, "the loss was infinite"), (1, "failed", 0.3, "a wrong shape"))
 
@@ -331,3 +332,17 @@ def test_the_report_needs_no_torch(tmp_path):
         "assert 'scipy.stats' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [((-0.03, 0.01), "anything from −3.0 to +1.0 points would fit the seeds."),
+     ((-0.03, -0.01), "by itself it would be −3.0 to −1.0 points, but it is one of several")],
+)  # fmt: skip
+def test_an_interval_without_zero_is_not_called_anything(interval, expected):
+    test = SimpleNamespace(
+        difference=-0.02, num_pairs=3, reason=None, interval=interval
+    )  # fmt: skip
+    method = SimpleNamespace(test=test, p_corrected=0.15, is_significant=False)
+    found = _by_how_much(method, SimpleNamespace(label="batch-norm"), 1)
+    assert expected in found.replace("-", "−")
