@@ -75,6 +75,7 @@ from normlab.optim.bnp_langevin import (
 )
 from normlab.optim.effective_lr import equivalent_lr as equivalent_lr
 from normlab.optim.gradient_noise_scale import GradientNoiseScale as GradientNoiseScale
+from normlab.optim.gradient_noise_scale import NoiseScaleProbe as NoiseScaleProbe
 from normlab.optim.lamb import LAMB as LAMB
 from normlab.optim.lars import LARS as LARS
 from normlab.optim.layer_adaptation import exclude_from_adaptation as exclude_from_adaptation
@@ -82,6 +83,7 @@ from normlab.optim.linear_scaling import WarmUp as WarmUp
 from normlab.optim.linear_scaling import scaled_lr as scaled_lr
 from normlab.optim.linear_scaling import warm_up as warm_up
 from normlab.optim.lookahead import Lookahead as Lookahead
+from normlab.optim.noise_scale import measure_noise_scale as measure_noise_scale
 from normlab.optim.rmsprop_inside_root import RMSPropInsideRoot as RMSPropInsideRoot
 from normlab.optim.sam import SAM as SAM
 from normlab.optim.weight_rescaling import WeightRescaler as WeightRescaler

@@ -29,6 +29,7 @@ from normlab.optim import (
     asam,
     batch_growth,
     bn_preconditioning,
+    gradient_noise_scale,
     lamb,
     lars,
     linear_scaling,
@@ -80,6 +81,7 @@ METHODS: tuple[Method, ...] = (
     sam.METHOD,
     asam.METHOD,
     *elementwise.METHODS,
+    gradient_noise_scale.METHOD,
 )
 """Every method, once. New ones go to the end: the place decides a method's colour in reports."""
 

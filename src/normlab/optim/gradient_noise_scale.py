@@ -9,81 +9,27 @@ Large-Batch Training", 2018, arXiv 1812.06162, appendix A.
 
 Departs:
     - Averages are corrected for their start at zero, as Adam's are.
+    - As a method it measures fresh batches on a copy of the model, a few of them now and then, so
+      that training is to the bit what it was; the paper measures the batches of training.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from normlab.method import Card, Method, Setting, Source
 from normlab.moments import group_of_several, wide
+from normlab.optim.arguments import is_count, is_number, require
+from normlab.optim.live import go_live, retire
+from normlab.optim.noise_scale import NoiseScale, measure_noise_scale, noise_scale, square_norm
 
-
-@dataclass(frozen=True)
-class NoiseScale:
-    r"""What two batch sizes show of the gradient.
-
-    Attributes:
-        noise: S, the trace of the covariance of one sample's gradient; may come out below 0 by
-            chance.
-        signal: :math:`|G|^2`, the square norm of the true gradient; likewise.
-        num_estimates: How many pairs of gradients were averaged.
-    """
-
-    noise: float
-    signal: float
-    num_estimates: int = 1
-
-    @property
-    def scale(self) -> float:
-        """The batch at which noise and signal are equal; infinite where no signal was seen."""
-        return max(self.noise, 0.0) / self.signal if self.signal > 0 else float("inf")
-
-    @property
-    def suggested_batch_size(self) -> int | None:
-        """The scale as a number of samples, at least 1; None where no signal was seen.
-
-        At this batch training takes twice the fewest steps and twice the fewest samples.
-        """
-        return max(1, round(self.scale)) if self.signal > 0 else None
-
-
-def noise_scale(
-    small_square: float, big_square: float, small_batch: int, big_batch: int
-) -> NoiseScale:
-    r"""Return unbiased estimates from the square norms of two gradients at one point.
-
-    .. math::
-        |G|^2 = \frac{B_b |G_b|^2 - B_s |G_s|^2}{B_b - B_s}, \quad
-        S = \frac{|G_s|^2 - |G_b|^2}{1 / B_s - 1 / B_b}
-
-    Args:
-        small_square: The square norm of the mean gradient over the small batch, or the mean of
-            several such.
-        big_square: That over the big batch.
-        small_batch: Samples of the small batch.
-        big_batch: Samples of the big one, more than that.
-
-    Raises:
-        ValueError: The batches are not in this order.
-
-    Example:
-        >>> noise_scale(5.0, 2.0, small_batch=1, big_batch=4)
-        NoiseScale(noise=4.0, signal=1.0, num_estimates=1)
-    """
-    if not 1 <= small_batch < big_batch:
-        raise ValueError(
-            f"noise_scale(small_batch={small_batch}, big_batch={big_batch}): expected a small "
-            f"batch of at least 1 below the big one, got {small_batch} and {big_batch}; accumulate "
-            "several micro-batches or use several processes"
-        )
-    signal = (big_batch * big_square - small_batch * small_square) / (big_batch - small_batch)
-    noise = (small_square - big_square) / (1 / small_batch - 1 / big_batch)
-    return NoiseScale(noise, signal)
+_KEY = "gradient_noise_scale"
+_QUARTERS = 4
 
 
 class GradientNoiseScale:
@@ -138,7 +84,7 @@ class GradientNoiseScale:
             multiply: What makes the gradients those of a mean: the number of micro-batches where
                 the loss was divided by it.
         """
-        self._small = (multiply**2 * self._square_norm(), batch_size)
+        self._small = (multiply**2 * square_norm(self.parameters), batch_size)
 
     def big(self, batch_size: int) -> None:
         """Measure the gradients present as those of the whole batch, and move the averages.
@@ -160,7 +106,9 @@ class GradientNoiseScale:
             square = square.clone()
             distributed.all_reduce(square, group=group)
             square /= distributed.get_world_size(group)
-        found = noise_scale(square.item(), self._square_norm().item(), small_batch, batch_size)
+        found = noise_scale(
+            square.item(), square_norm(self.parameters).item(), small_batch, batch_size
+        )
         # Each of the two is averaged by itself: a ratio of unbiased numbers is biased.
         self._noise += self.momentum * (found.noise - self._noise)
         self._signal += self.momentum * (found.signal - self._signal)
@@ -220,13 +168,168 @@ class GradientNoiseScale:
         self._noise, self._signal = float(state_dict["noise"]), float(state_dict["signal"])
         self._count = int(state_dict["count"])
 
-    @torch.no_grad()
-    def _square_norm(self) -> Tensor:
-        gradients = [wide(p.grad) for p in self.parameters if p.grad is not None]
-        if not gradients:
-            raise ValueError(
-                "GradientNoiseScale: expected gradients, got none; call it between backward and "
-                "the optimiser's step"
-            )
-        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
-        return torch.stack([norm.to(norms[0].device) for norm in norms]).double().square().sum()
+
+class NoiseScaleProbe:
+    """Measures a model's noise scale in the course of training, around any loop.
+
+    Before some of the optimiser's steps it draws fresh batches and calls `measure_noise_scale`;
+    estimates are averaged over each quarter of training. The averages and the step counter stand
+    in ``optimizer.param_groups[0]["gradient_noise_scale"]``: a probe of an optimiser that has them
+    from a checkpoint goes on from there. Estimates that are not finite are left out.
+
+    Args:
+        model: The model.
+        optimizer: Its optimiser.
+        setting: Batches, loss and the number of steps; ``say`` is told of each quarter.
+        num_batches: How many batches a measurement takes, at least 2.
+        share: About how many passes measurements take for each pass of training, above 0 and at
+            most 1; more where a quarter would be left without one.
+
+    Raises:
+        ValueError: A value out of its range, or an optimiser that another probe acts on.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> batches = tuple((torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(4))
+        >>> probe = NoiseScaleProbe(model, optimizer, Setting(batches=batches, total_steps=40))
+        >>> for x, y in batches * 10:
+        ...     optimizer.zero_grad()
+        ...     nn.functional.cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
+        >>> [quarter.num_estimates for quarter in probe.quarters()]
+        [1, 1, 1, 1]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        setting: Setting,
+        num_batches: int = 4,
+        share: float = 0.1,
+    ) -> None:
+        enough = is_count(num_batches) and num_batches >= 2
+        require(enough, "NoiseScaleProbe", "num_batches", num_batches, "2, 3, 4, ...")
+        valid = is_number(share) and 0 < share <= 1
+        require(valid, "NoiseScaleProbe", "share", share, "a share above 0 and at most 1")
+        self.model, self.optimizer, self.setting = model, optimizer, setting
+        self.num_batches = int(num_batches)
+        wanted = math.ceil(self.num_batches / share)
+        self.steps_apart = max(1, min(wanted, setting.total_steps // _QUARTERS))
+        self._said: set[int] = set()
+        go_live(self, optimizer, _KEY)
+        optimizer.param_groups[0].setdefault(_KEY, _fresh())
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def quarters(self) -> list[NoiseScale]:
+        """Return the averages over each quarter of training that was measured, in order."""
+        return [
+            NoiseScale(noise / count, signal / count, count)
+            for noise, signal, count in self._progress()["sums"]
+            if count
+        ]
+
+    def remove(self) -> None:
+        """Stop."""
+        for hook in self._hooks:
+            hook.remove()
+        retire(self.optimizer, _KEY)
+
+    def _progress(self) -> dict[str, Any]:
+        return self.optimizer.param_groups[0].setdefault(_KEY, _fresh())
+
+    def _before_step(self, *_: Any) -> None:
+        progress = self._progress()
+        number, place = divmod(progress["step"], self.steps_apart)
+        # Midway: the first step is the one whose memory is measured.
+        if place != self.steps_apart // 2:
+            return
+        first = number * self.num_batches
+        batches = map(self.setting.fresh_batch, range(first, first + self.num_batches))
+        found = measure_noise_scale(self.model, batches, self.setting.loss)
+        if math.isfinite(found.noise) and math.isfinite(found.signal):
+            sums = progress["sums"][min(self._quarter(progress["step"]), _QUARTERS - 1)]
+            for index, value in enumerate((found.noise, found.signal, 1)):
+                sums[index] += value
+
+    def _after_step(self, *_: Any) -> None:
+        progress = self._progress()
+        progress["step"] += 1
+        for quarter in range(self._quarter(progress["step"])):
+            noise, signal, count = progress["sums"][quarter]
+            # A run that goes on from a checkpoint reports what was found before, too.
+            if quarter not in self._said and count:
+                self._said.add(quarter)
+                found = NoiseScale(noise / count, signal / count, count)
+                self.setting.say(self._sentence(quarter, found))
+
+    def _sentence(self, quarter: int, found: NoiseScale) -> str:
+        size = found.suggested_batch_size
+        # More digits than two would promise what a few estimates do not hold.
+        about = None if size is None else f"about {float(f'{size:.2g}'):.0f} samples"
+        estimates = "1 estimate" if found.num_estimates == 1 else f"{found.num_estimates} estimates"
+        return (
+            f"noise scale in quarter {quarter + 1} of training: {about or 'no signal seen'}, at "
+            f"batches of {len(self.setting.batches[0][1])} ({estimates})"
+        )
+
+    def _quarter(self, step: int) -> int:
+        """Return 0 to 3, or 4 after the last planned step."""
+        return min(_QUARTERS, _QUARTERS * step // max(1, self.setting.total_steps))
+
+
+def _fresh() -> dict[str, Any]:
+    return {"step": 0, "sums": [[0.0, 0.0, 0] for _ in range(_QUARTERS)]}
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    setting: Setting,
+    *,
+    num_batches: int = 4,
+    share: float = 0.1,
+) -> None:
+    """Measure the noise scale in each quarter of training."""
+    probe = NoiseScaleProbe(model, optimizer, setting, num_batches, share)
+    setting.say(
+        f"the gradient noise scale is measured every {probe.steps_apart} steps on "
+        f"{probe.num_batches} batches"
+    )
+
+
+CARD = Card(
+    name="gradient-noise-scale",
+    title="Gradient noise scale",
+    summary="Trains as without it, and reports at which batch size the gradient's noise equals its "
+    "signal.",
+    room="optim",
+    source=Source(
+        authors="S. McCandlish, J. Kaplan, D. Amodei, OpenAI Dota Team",
+        title="An Empirical Model of Large-Batch Training",
+        year=2018,
+        arxiv="1812.06162",
+    ),
+    batch_of_one="as the model",
+    keeps_evaluation=True,
+    state=("the averages of each quarter of training, and the step counter",),
+    best_for="Choosing a batch size: below the scale a larger batch saves steps almost in "
+    "proportion, far above it hardly any.",
+    limits=(
+        "About a tenth more passes, and a copy of the model while it measures.",
+        "A quarter of training with one or two estimates gives a rough number: train longer, or "
+        "give share=0.5.",
+        "Where layers use batch statistics, the scale is that of gradients at the batch in use.",
+    ),
+    departures=(
+        "Measures fresh batches on a copy of the model, so that training is to the bit what it "
+        "was.",
+        "The loss alone is measured: without penalties, mixing of samples and soft labels.",
+    ),
+)
+
+METHOD = Method(card=CARD, attach=attach)
