@@ -34,6 +34,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from normlab.method import Card, Method, Setting, Source, Unsuitable
+from normlab.weights.chosen_sizes import report_lost_sizes
 from normlab.weights.spectral_norm_parametrization import Sides as Sides
 from normlab.weights.spectral_norm_parametrization import SpectralNorm as SpectralNorm
 from normlab.weights.spectral_norm_parametrization import (
@@ -181,6 +182,7 @@ def _parts_in(chain: nn.Module) -> list[SpectralNorm]:
 def _prepare(
     model: nn.Module, setting: Setting, sides: Sides, scale: float, name: str
 ) -> nn.Module:
+    report_lost_sizes(model, setting)
     chosen = _register(name, model, sides, scale, 1, setting.generator)
     setting.say(f"the weights of {len(chosen)} layers are divided by their largest singular value")
     left = _other_matrices(model)
@@ -218,6 +220,7 @@ _STATE = ("one pair of singular vectors for each matrix",)
 _LIMITS = (
     "It leaves the model's normalisers where they are: in front of one it does nothing.",
     "The singular value is that of the kernel as a matrix, not of the convolution: no exact bound.",
+    "Behind fixup it undoes the sizes that Fixup chose: the network hardly learns.",
     "Weights of recurrent layers, and parameters of modules of one's own, are left alone.",
 )
 

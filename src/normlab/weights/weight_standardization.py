@@ -36,6 +36,7 @@ from torch.nn.utils import parametrize
 from normlab.method import Card, Method, Setting, Source, Unsuitable
 from normlab.moments import runs_eagerly, wide
 from normlab.parameter_groups import check_held
+from normlab.weights.chosen_sizes import report_lost_sizes
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -225,6 +226,7 @@ def prepare(
             "weight-standardization(model): expected a model with convolutions, got "
             f"{type(model).__name__} without any; use weight-norm for dense layers"
         )
+    report_lost_sizes(model, setting)
     chosen = standardize_weights(model, gamma=gamma, eps=eps)
     setting.say(f"the weights of {len(chosen)} convolutions are standardised")
     return model
@@ -254,6 +256,7 @@ CARD = Card(
     limits=(
         "It leaves the model's normalisers where they are: compose with none to take them out.",
         "In deep residual networks without normalisers the sums still grow with depth.",
+        "Behind fixup it undoes the sizes that Fixup chose.",
         "Linear layers, and transposed convolutions, are left alone.",
     ),
     departures=(
