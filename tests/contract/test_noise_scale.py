@@ -111,3 +111,11 @@ def test_a_model_without_gradients_is_refused():
     batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(2)]
     with pytest.raises(ValueError, match="expected a model with parameters that learn"):
         measure_noise_scale(model, batches)
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = nn.Linear(3, 2)
+    del model.weight
+    model.weight = torch.ones(2, 3, requires_grad=True) * 2
+    with pytest.raises(ValueError, match="expected a model that can be copied, got Only Tensors"):
+        measure_noise_scale(model, [])

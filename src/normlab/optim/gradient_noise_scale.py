@@ -180,7 +180,8 @@ class NoiseScaleProbe:
     Args:
         model: The model.
         optimizer: Its optimiser.
-        setting: Batches, loss and the number of steps; ``say`` is told of each quarter.
+        setting: Batches, loss and the number of steps; ``say`` is told of each quarter. Batches
+            come from its ``draw``, or are ``batches`` in turn: as many as a measurement takes.
         num_batches: How many batches a measurement takes, at least 2.
         share: About how many passes measurements take for each pass of training, above 0 and at
             most 1; more where a quarter would be left without one.

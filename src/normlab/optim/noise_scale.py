@@ -100,11 +100,13 @@ def measure_noise_scale(
 
     Args:
         model: The model, mostly in training mode.
-        batches: At least two batches ``(inputs, targets)`` of one size, on the model's device.
+        batches: At least two batches ``(inputs, targets)`` of one size, on the model's device;
+            different ones, or no noise is seen.
         loss: Maps ``(outputs, targets)`` to the mean over the samples.
 
     Raises:
-        ValueError: Fewer than two batches, or batches of several sizes; a model without gradients.
+        ValueError: Fewer than two batches, or batches of several sizes; a model without gradients,
+            or one that cannot be copied.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -112,7 +114,13 @@ def measure_noise_scale(
         >>> measure_noise_scale(model, batches).num_estimates
         1
     """
-    copied = copy.deepcopy(model)
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"measure_noise_scale(model): expected a model that can be copied, got {error}; where "
+            "torch.nn.utils.weight_norm made it so, take torch.nn.utils.parametrizations"
+        ) from error
     parameters = [parameter for parameter in copied.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(
