@@ -112,24 +112,32 @@ class LARS(LayerAdaptiveOptimizer):
         gradients, *state = lists
         lr, decay = group["lr"], group["weight_decay"]
         inner, outer = (lr, 1.0) if group["paper_momentum"] else (1.0, lr)
-        directions = torch._foreach_add(gradients, weights, alpha=decay) if decay else gradients
         rates = None
         if group["adapt"]:
             norms, slopes = tensor_norms([*weights, *gradients]).chunk(2)
             local = group["trust_coefficient"] * norms / (slopes + decay * norms)
-            rates = (inner * torch.where((norms > 0) & (slopes > 0), local, 1.0)).unbind()
+            rates = inner * torch.where((norms > 0) & (slopes > 0), local, 1.0)
         if state:
             (velocities,) = state
             scale_(velocities, group["momentum"])
-            if rates is not None:
-                torch._foreach_addcmul_(velocities, directions, rates)
-            else:
+            if rates is None:
+                directions = _decayed(gradients, weights, decay)
                 torch._foreach_add_(velocities, directions, alpha=inner)
+            else:
+                # In two sums: g + beta w by itself would be a copy of all weights.
+                torch._foreach_addcmul_(velocities, gradients, rates.unbind())
+                if decay:
+                    torch._foreach_addcmul_(velocities, weights, (decay * rates).unbind())
             torch._foreach_add_(weights, velocities, alpha=-outer)
-        elif rates is not None:
-            torch._foreach_addcmul_(weights, directions, rates, value=-outer)
+        elif rates is None:
+            torch._foreach_add_(weights, _decayed(gradients, weights, decay), alpha=-lr)
         else:
-            torch._foreach_add_(weights, directions, alpha=-lr)
+            directions = _decayed(gradients, weights, decay)
+            torch._foreach_addcmul_(weights, directions, rates.unbind(), value=-outer)
+
+
+def _decayed(gradients: list[Tensor], weights: list[Tensor], decay: float) -> list[Tensor]:
+    return list(torch._foreach_add(gradients, weights, alpha=decay)) if decay else gradients
 
 
 def parameter_groups(groups: list[Group], model: nn.Module, setting: Setting) -> list[Group]:
