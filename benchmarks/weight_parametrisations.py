@@ -3,10 +3,10 @@
 The network is ResNet-20 with torch's own BatchNorm, a step forward, backward and the optimiser's on
 a batch of 128 images 3x32x32: it differs in nothing but the parametrisation. For weight
 standardisation there is also one convolution alone, 3x3 of 256 channels on 32 maps of 8x8, forward
-and backward, against a plain one, against another plain one, which shows what the clock is worth,
-and against the formula as one writes it. Steps run in turn, so that whatever else the machine does
-falls on all; a round counts the shortest of four times, and ratios are medians over the rounds, of
-wall time and of CPU time, on which other work weighs less::
+and backward, also as the formula in plain torch. Beside each stands a second plain one, the
+control, which shows what the clock is worth. All run in turn, so that whatever else the machine
+does falls on all, and ratios are medians over the rounds, of wall time and of CPU time, on which
+other work weighs less::
 
     python benchmarks/weight_parametrisations.py [--rounds ROUNDS] [METHOD ...]
 
@@ -39,7 +39,7 @@ ALLOCATOR = {
 }
 THREADS = 1
 BATCH = 128
-WARM_UP, REPEATS = 1, 4
+WARM_UP = 3
 
 # Method: what parametrises every weight of a model in place, and the largest ratio of the steps.
 ROWS: dict[str, tuple[Callable[[nn.Module], object], float]] = {
@@ -117,7 +117,8 @@ def measure(parametrise: Callable[[nn.Module], object], goal: float, rounds: int
     model = build_model("resnet", (3, 32, 32), 10, depth=20, width=16)
     ours = copy.deepcopy(model)
     parametrise(ours)
-    return compare({"ours": Step(ours), "plain": Step(model)}, goal, rounds)
+    models = {"ours": ours, "control": copy.deepcopy(model), "plain": model}
+    return compare({name: Step(one) for name, one in models.items()}, goal, rounds)
 
 
 def measure_convolution(rounds: int) -> dict:
@@ -136,17 +137,12 @@ def compare(steps: dict[str, Clocked], goal: float, rounds: int) -> dict:
     """Return medians of each step's time, and of the ratios to the plain one's."""
     times = []
     for number in range(WARM_UP + rounds):
-        # Each goes first in every other round.
-        order = list(steps) if number % 2 else list(reversed(steps))
-        rows = [{name: steps[name].seconds() for name in order} for _ in range(REPEATS)]
+        # Each is first, second, ... in turn.
+        names = list(steps)
+        turn = number % len(names)
+        row = {name: steps[name].seconds() for name in names[turn:] + names[:turn]}
         if number >= WARM_UP:
-            # The shortest counts: what else the machine does can only lengthen a step.
-            times.append(
-                {
-                    name: tuple(map(min, zip(*(row[name] for row in rows), strict=True)))
-                    for name in steps
-                }
-            )
+            times.append(row)
     result: dict = {}
     for clock, which in (("wall", 0), ("cpu", 1)):
         for name in steps:
@@ -164,7 +160,7 @@ def main() -> None:
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=75)
     parser.add_argument("methods", nargs="*", help="without any: all, written to the JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -173,12 +169,12 @@ def main() -> None:
     for name in arguments.methods or ROWS:
         results[name] = measure(*ROWS[name], rounds=arguments.rounds)
         print(name, results[name], file=sys.stderr)
-    results["one standardised convolution"] = measure_convolution(3 * arguments.rounds)
+    results["one standardised convolution"] = measure_convolution(4 * arguments.rounds)
     result = {
         "what": "a training step of ResNet-20, width 16, batch 128 of 3x32x32, with every weight "
         "parametrised, over the same step without; one 3x3 convolution of 256 channels, 32x8x8",
-        "clock": "medians of the ratios of interleaved rounds, the shortest of four times; the "
-        "goal is held against CPU time, which other work lengthens less than wall time",
+        "clock": "medians of the ratios of single steps that run in turn; the goal is held against "
+        "CPU time, which other work lengthens less than wall time",
         "allocator": ALLOCATOR,
         "rounds": arguments.rounds,
         "results": results,
