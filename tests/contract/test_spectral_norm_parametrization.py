@@ -14,6 +14,7 @@ from normlab import (
     frozen_power_iteration,
     spectral_norm,
 )
+from normlab.weights import spectral_norm_parametrization
 from normlab.weights.spectral_norm import SpectralNorm
 
 
@@ -240,3 +241,40 @@ def test_an_evaluating_graph_has_operators_of_torch_only():
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
     assert any("dot" in target or "mv" in target for target in targets)
     assert not any("normlab" in target for target in targets)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("zero", [False, True])
+def test_scalars_that_stay_on_a_device_give_the_same(sides, zero, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 2, 2, dtype=torch.float64) * (not zero)
+    weight.requires_grad_()
+    slope = torch.randn_like(weight)
+    part = SpectralNorm(weight, scale=1.3, sides=sides)
+    other = copy.deepcopy(part)
+    results = []
+    for one in (part, other):
+        output = one(weight)
+        results.append((output, *torch.autograd.grad(output, weight, slope), *one.buffers()))
+        # As on an accelerator, which nobody waits for.
+        monkeypatch.setattr(spectral_norm_parametrization, "_on_host", lambda scalar: scalar)
+    for number, device in zip(*results, strict=True):
+        torch.testing.assert_close(number, device, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_a_singular_value_that_counts_as_one_has_no_derivative(sides):
+    weight = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    part = SpectralNorm(weight, 1.3, sides=sides, eps=100.0).eval()
+    slope = torch.randn_like(weight)
+    (gradient,) = torch.autograd.grad(part(weight), weight, slope)
+    torch.testing.assert_close(gradient, 1.3 * slope)
+
+
+def test_vectors_of_a_graph_stay_when_the_next_forward_moves_them():
+    part = SpectralNorm(torch.randn(3, 4))
+    zeros = torch.zeros(3, 4, requires_grad=True)
+    first = part(zeros)
+    part(torch.randn(3, 4))
+    first.sum().backward()
+    assert torch.equal(zeros.grad, torch.ones(3, 4))

@@ -172,14 +172,14 @@ def test_a_step_is_that_of_the_papers():
 @pytest.mark.parametrize("n_dis", [1, 3])
 def test_power_iteration_moves_once_for_each_descent_of_the_discriminator(monkeypatch, n_dis):
     moves = []
-    iterate = spectral_norm_parametrization._iterate
+    follow = spectral_norm_parametrization._follow
 
-    def counted(weight, left, right, axis, steps, eps):
+    def counted(rows, left, right, steps, eps):
         moves.append(steps)
-        return iterate(weight, left, right, axis, steps, eps)
+        return follow(rows, left, right, steps, eps)
 
     pair = networks(normalise=spectral_norm)
-    monkeypatch.setattr(spectral_norm_parametrization, "_iterate", counted)
+    monkeypatch.setattr(spectral_norm_parametrization, "_follow", counted)
     training = AdversarialTraining(steps=2, n_dis=n_dis, measure_every=1)
     train(*pair, real_batches(), training, latent_size=128, seed=0)
     assert sum(moves) == 8 * 2 * n_dis

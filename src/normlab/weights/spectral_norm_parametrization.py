@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -105,33 +105,45 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the normalised weight."""
-        # Autocast would take the small products in half precision.
-        with torch.autocast(weight.device.type, enabled=False):
-            vectors = self._vectors(weight)
-            normalize = _Normalize.apply if runs_eagerly(weight) else _plain
-            return normalize(weight, self.scale, self.eps, self.row_axes, *vectors)
+        kind = weight.device.type
+        # Autocast would take the small products in half precision; to turn off what is off costs
+        # as much as several of them.
+        wanted = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if wanted else nullcontext():
+            vectors, products = self._vectors(weight)
+            options = (self.scale, self.eps, self.row_axes)
+            if runs_eagerly(weight):
+                return _Normalize.apply(weight, options, products, *vectors)  # pyright: ignore[reportReturnType]
+            return _plain(weight, *options, *vectors)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return what to normalise where ``layer.weight = weight`` is written: the weight."""
         return weight
 
     @torch.no_grad()
-    def _vectors(self, weight: Tensor) -> list[Tensor]:
-        """Return left and right vector of each side, which in training move on before."""
+    def _vectors(self, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return left and right vector of each side, which in training move on before.
+
+        And of each side u^T M v; nothing where the compiler must not see how vectors move.
+        """
         steps = self.n_power_iterations if self.training and not self.frozen else 0
         # An evaluating graph stays one of torch's own operators, for whoever exports it.
         opaque = torch.compiler.is_compiling() and self.training
-        iterate = _iterate_unseen if opaque else _iterate
         matrix = _three_axes(wide(weight))
         vectors: list[Tensor] = []
+        products: list[Tensor] = []
         for side, axis in enumerate(self.row_axes):
             buffers = getattr(self, f"left{side}"), getattr(self, f"right{side}")
-            moved = iterate(matrix, *buffers, axis, steps, self.eps)
+            if opaque:
+                moved = _iterate_unseen(matrix, *buffers, axis, steps, self.eps)
+            else:
+                *moved, product = _follow(_rows(matrix, axis), *buffers, steps, self.eps)
+                products.append(product)
             if steps:
                 for buffer, vector in zip(buffers, moved, strict=True):
                     buffer.copy_(vector)
             vectors += moved
-        return vectors
+        return vectors, products
 
     def replay_forward(self) -> Callable[[], AbstractContextManager[None]]:
         """Return what makes a context in which a forward repeats the one of now."""
@@ -187,26 +199,43 @@ def _rows(weight: Tensor, axis: int) -> Tensor:
 def _iterate(
     weight: Tensor, left: Tensor, right: Tensor, axis: int, steps: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return left and right vector after so many steps, in tensors of their own.
+    """Return left and right vector of a weight ``(A, B, K)`` after so many steps."""
+    return _follow(_rows(weight, axis), left, right, steps, eps)[:2]
+
+
+def _follow(
+    rows: Tensor, left: Tensor, right: Tensor, steps: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return left and right vector after so many steps, in tensors of their own, and u^T M v.
 
     Of their own even after no step, because the next forward moves the buffers while a graph may
     still need what it was given.
     """
-    left, right = (vector.to(weight.dtype, copy=True) for vector in (left, right))
-    rows = _rows(weight, axis)
+    left, right = (vector.to(rows.dtype, copy=steps == 0) for vector in (left, right))
     for _ in range(steps):
         right = _direction(torch.mv(rows.t(), left), right, eps)
         left = _direction(torch.mv(rows, right), left, eps)
-    return left, right
+    return left, right, torch.dot(left, torch.mv(rows, right))
 
 
 def _direction(new: Tensor, old: Tensor, eps: float) -> Tensor:
     """Return the direction of a vector; a vanishing one has none and leaves the old one.
 
-    Written as a choice between values, so that no device has to be waited for.
+    On a device as a choice between values, so that it has not to be waited for.
     """
-    norm = torch.linalg.vector_norm(new)
-    return torch.where(norm > eps, new / (norm + eps), old)
+    norm = _on_host(torch.linalg.vector_norm(new))
+    if isinstance(norm, Tensor):
+        return torch.where(norm > eps, new / (norm + eps), old)
+    return new / (norm + eps) if norm > eps else old.clone()
+
+
+def _on_host(scalar: Tensor) -> Tensor | float:
+    """Return a tensor of one value as a number where nothing has to be waited for.
+
+    On small weights each operation between scalars costs as much as one on the weight.
+    """
+    at_hand = scalar.device.type == "cpu" and runs_eagerly(scalar)
+    return scalar.item() if at_hand else scalar
 
 
 _iterate_unseen = torch.library.custom_op(
@@ -226,22 +255,19 @@ def _(weight: Tensor, left: Tensor, right: Tensor, *_: Any) -> tuple[Tensor, Ten
 def _plain(
     weight: Tensor, scale: float, eps: float, row_axes: tuple[int, ...], *vectors: Tensor
 ) -> Tensor:
-    sigma = _products(weight, row_axes, vectors).abs().mean()
-    return (wide(weight) * _factor(scale, sigma, eps)).to(weight.dtype)
-
-
-def _products(weight: Tensor, row_axes: tuple[int, ...], vectors: Sequence[Tensor]) -> Tensor:
-    """Return u^T M v of each side."""
     matrix = _three_axes(wide(weight))
-    values = [
+    products = [
         torch.dot(left, torch.mv(_rows(matrix, axis), right))
         for axis, left, right in zip(row_axes, vectors[::2], vectors[1::2], strict=True)
     ]
-    return torch.stack(values)
+    sigma = torch.stack(products).abs().mean()
+    return (wide(weight) * _factor(scale, sigma, eps)).to(weight.dtype)
 
 
-def _factor(scale: float, sigma: Tensor, eps: float) -> Tensor:
-    return scale / torch.where(sigma > eps, sigma, 1.0)
+def _factor(scale: float, sigma: Any, eps: float) -> Any:
+    if isinstance(sigma, Tensor):
+        return scale / torch.where(sigma > eps, sigma, 1.0)
+    return scale / (sigma if sigma > eps else 1.0)
 
 
 class _Normalize(torch.autograd.Function):
@@ -251,39 +277,39 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any,
         weight: Tensor,
-        scale: float,
-        eps: float,
-        row_axes: tuple[int, ...],
+        options: tuple[float, float, tuple[int, ...]],
+        products: list[Tensor],
         *vectors: Tensor,
     ) -> Tensor:
-        products = _products(weight, row_axes, vectors)
-        sigma = products.abs().mean()
-        ctx.save_for_backward(weight, products, sigma, *vectors)
-        ctx.options = (scale, eps, row_axes)
-        return (wide(weight) * _factor(scale, sigma, eps)).to(weight.dtype)
+        scale, eps, _ = options
+        values = [_on_host(product) for product in products]
+        sigma = sum(map(abs, values)) / len(values)
+        factor = _factor(scale, sigma, eps)
+        ctx.save_for_backward(weight, *vectors)
+        ctx.options = options
+        ctx.scalars = (values, sigma > eps, factor)
+        return (wide(weight) * factor).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, products, sigma, *vectors = ctx.saved_tensors
+        weight, *vectors = ctx.saved_tensors
         scale, eps, row_axes = ctx.options
-        rest = (None,) * (3 + len(vectors))
+        rest = (None,) * (2 + len(vectors))
         if torch.is_grad_enabled():
             # Derivatives of this backward need the singular values as functions of the weight.
             value = _plain(weight, scale, eps, row_axes, *vectors)
             return *torch.autograd.grad(value, weight, gradients[0], create_graph=True), *rest
+        values, counts, factor = ctx.scalars
         gradient, matrix = _three_axes(wide(gradients[0])), _three_axes(wide(weight))
-        factor = _factor(scale, sigma, eps)
-        along = torch.dot(gradient.flatten(), matrix.flatten())
+        along = _on_host(torch.dot(gradient.flatten(), matrix.flatten()))
         # Where the singular value counts as 1 it has no derivative.
-        pull = torch.where(sigma > eps, -along * factor / sigma, 0.0) / len(row_axes)
-        pulls = pull * products.sign()
+        pull = -along * factor * factor / scale * counts / len(row_axes)
         found = gradient * factor
-        for axis, pull, left, right in zip(
-            row_axes, pulls, vectors[::2], vectors[1::2], strict=True
+        for axis, product, left, right in zip(
+            row_axes, values, vectors[::2], vectors[1::2], strict=True
         ):
-            outer = torch.outer(left * pull, right)
-            if axis == 0:
-                found += outer.view_as(found)
-            else:
-                found += outer.view(found.shape[1], found.shape[0], -1).transpose(0, 1)
+            sign = product.sign() if isinstance(product, Tensor) else math.copysign(1.0, product)
+            places = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+            others = (1, *found.shape[1:]) if axis == 0 else (len(found), 1, -1)
+            found.addcmul_((left * (pull * sign)).view(places), right.view(others))
         return found.view_as(weight).to(weight.dtype), *rest
