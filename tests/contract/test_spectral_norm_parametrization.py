@@ -278,3 +278,9 @@ def test_vectors_of_a_graph_stay_when_the_next_forward_moves_them():
     part(torch.randn(3, 4))
     first.sum().backward()
     assert torch.equal(zeros.grad, torch.ones(3, 4))
+
+
+def test_shapes_can_be_asked_for_without_memory():
+    layer = nn.Linear(3, 2)
+    spectral_norm(layer)
+    assert layer.to("meta")(torch.ones(5, 3, device="meta")).shape == (5, 2)

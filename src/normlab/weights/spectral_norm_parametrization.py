@@ -108,7 +108,7 @@ class SpectralNorm(nn.Module):
         kind = weight.device.type
         # Autocast would take the small products in half precision; to turn off what is off costs
         # as much as several of them.
-        wanted = torch.is_autocast_enabled(kind)
+        wanted = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if wanted else nullcontext():
             vectors, products = self._vectors(weight)
             options = (self.scale, self.eps, self.row_axes)
