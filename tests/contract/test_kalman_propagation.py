@@ -65,18 +65,21 @@ def test_far_from_zero_nothing_cancels_in_single_precision():
     torch.testing.assert_close(variance, torch.tensor([1.0, 0.0]))
 
 
-CHAINS = {
-    "convolution": ([conv(4, 3, 3)], (3, 3)),
-    "grouped": ([conv(4, 6, 3, groups=2, stride=2)], (5, 5)),
-    "relu and convolution": ([nn.ReLU(), conv(4, 3, 3, dilation=2)], (5, 5)),
-    "linear": ([nn.ReLU(), nn.Linear(4, 3).double()], ()),
-    "flattened": ([nn.Flatten(), nn.Linear(16, 3).double()], (2, 2)),
-    "average": ([nn.ReLU(), nn.AvgPool2d((2, 3)), nn.Conv2d(4, 2, 1).double()], (2, 3)),
-    "maximum": ([nn.ReLU(inplace=True), nn.MaxPool2d(3), nn.Conv2d(4, 2, 1).double()], (3, 3)),
-    "maximum alone": ([nn.MaxPool1d(4)], (4,)),
-    "dropout": ([nn.ReLU(), nn.Dropout(0.3), nn.Conv1d(4, 2, 1).double()], (1,)),
-    "no dropout": ([nn.Dropout(0.3).eval(), nn.Sequential(), nn.Identity()], (1,)),
-}
+# Weights of a seed of their own: what else is collected must not decide what is measured.
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    CHAINS = {
+        "convolution": ([conv(4, 3, 3)], (3, 3)),
+        "grouped": ([conv(4, 6, 3, groups=2, stride=2)], (5, 5)),
+        "relu and convolution": ([nn.ReLU(), conv(4, 3, 3, dilation=2)], (5, 5)),
+        "linear": ([nn.ReLU(), nn.Linear(4, 3).double()], ()),
+        "flattened": ([nn.Flatten(), nn.Linear(16, 3).double()], (2, 2)),
+        "average": ([nn.ReLU(), nn.AvgPool2d((2, 3)), nn.Conv2d(4, 2, 1).double()], (2, 3)),
+        "maximum": ([nn.ReLU(inplace=True), nn.MaxPool2d(3), nn.Conv2d(4, 2, 1).double()], (3, 3)),
+        "maximum alone": ([nn.MaxPool1d(4)], (4,)),
+        "dropout": ([nn.ReLU(), nn.Dropout(0.3), nn.Conv1d(4, 2, 1).double()], (1,)),
+        "no dropout": ([nn.Dropout(0.3).eval(), nn.Sequential(), nn.Identity()], (1,)),
+    }
 
 
 @pytest.mark.parametrize(("layers", "space"), CHAINS.values(), ids=CHAINS)
@@ -85,13 +88,9 @@ def test_analytic_moments_are_those_of_samples(layers, space):
         mean, variance = propagate(PRIOR, layers)
         expected = measured(layers, space)
     deviation = expected.variance.sqrt()
-    # 20 000 samples: a mean is off by 0.007 deviations, a variance by about 1.5 %. The rectified
-    # maximum of normals is taken for that of a normal, which is off by 13 % in one channel.
-    allowed = (
-        0.15 if isinstance(layers[0], nn.ReLU) and isinstance(layers[1], nn.MaxPool2d) else 0.06
-    )
+    # 20 000 samples: a mean is off by 0.007 deviations, a variance by about 1.5 %.
     assert ((mean - expected.mean).abs() < 0.025 * deviation).all()
-    assert ((variance / expected.variance - 1).abs() < allowed).all()
+    assert ((variance / expected.variance - 1).abs() < 0.06).all()
 
 
 def test_sampling_gives_the_analytic_moments_on_a_large_map():
