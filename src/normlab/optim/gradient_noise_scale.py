@@ -228,11 +228,7 @@ class NoiseScaleProbe:
 
     def quarters(self) -> list[NoiseScale]:
         """Return the averages over each quarter of training that was measured, in order."""
-        return [
-            NoiseScale(noise / count, signal / count, count)
-            for noise, signal, count in self._progress()["sums"]
-            if count
-        ]
+        return [_average(*sums) for sums in self._progress()["sums"] if sums[2]]
 
     def remove(self) -> None:
         """Stop."""
@@ -261,12 +257,11 @@ class NoiseScaleProbe:
         progress = self._progress()
         progress["step"] += 1
         for quarter in range(self._quarter(progress["step"])):
-            noise, signal, count = progress["sums"][quarter]
+            sums = progress["sums"][quarter]
             # A run that goes on from a checkpoint reports what was found before, too.
-            if quarter not in self._said and count:
+            if quarter not in self._said and sums[2]:
                 self._said.add(quarter)
-                found = NoiseScale(noise / count, signal / count, count)
-                self.setting.say(self._sentence(quarter, found))
+                self.setting.say(self._sentence(quarter, _average(*sums)))
 
     def _sentence(self, quarter: int, found: NoiseScale) -> str:
         size = found.suggested_batch_size
@@ -285,6 +280,10 @@ class NoiseScaleProbe:
 
 def _fresh() -> dict[str, Any]:
     return {"step": 0, "sums": [[0.0, 0.0, 0] for _ in range(_QUARTERS)]}
+
+
+def _average(noise: float, signal: float, count: int) -> NoiseScale:
+    return NoiseScale(noise / count, signal / count, count)
 
 
 def attach(
