@@ -346,3 +346,19 @@ def test_an_interval_without_zero_is_not_called_anything(interval, expected):
     method = SimpleNamespace(test=test, p_corrected=0.15, is_significant=False)
     found = _by_how_much(method, SimpleNamespace(label="batch-norm"), 1)
     assert expected in found.replace("-", "−")
+
+
+def test_what_not_every_seed_reported_is_shown_with_its_seed(tmp_path):
+    folder = write_fake_run(tmp_path, epochs=2)
+    results = [
+        (path, json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.rglob("result.json"))
+    ]
+    for path, result in results:
+        if result["method"] == "batch-norm" and result["seed"] > 0:
+            result["notes"] += [f"found {result['seed']}"] * 2
+            path.write_text(json.dumps(result), encoding="utf-8")
+    summary = summarise(read_run(folder))
+    notes = next(method.notes for method in summary.methods if method.label == "batch-norm")
+    assert notes[1:] == ["seed 1: found 1", "seed 2: found 2"]
+    assert notes[0].startswith("replaced 19 of 19")

@@ -92,7 +92,7 @@ class MethodSummary:
         p_corrected: Holm-corrected p-value of that test.
         steps_to: When its ended seeds reached each target, in steps.
         seconds_to: The same in seconds.
-        notes: What its preparation reported, each line once.
+        notes: What it reported, each line once; with the seed where not every seed said it.
     """
 
     label: str
@@ -223,7 +223,6 @@ def _summarise_method(
     measured = any(value is not None for curve in steps for _, value in curve)
     parameters = [result.get("num_parameters") for result in results.values()]
     rates = {result.get("lr") for result in results.values()}
-    notes = [str(note) for result in results.values() for note in result.get("notes") or []]
     return MethodSummary(
         label=label,
         card=card,
@@ -241,8 +240,18 @@ def _summarise_method(
         ),
         steps_to=[steps_to_target(steps, target) for target in targets] if measured else [],
         seconds_to=[steps_to_target(seconds, target) for target in targets] if measured else [],
-        notes=list(dict.fromkeys(notes)),
+        notes=_notes(results),
     )
+
+
+def _notes(results: dict[int, dict[str, Any]]) -> list[str]:
+    said = {seed: [str(note) for note in one.get("notes") or []] for seed, one in results.items()}
+    lines = [
+        note if all(note in others for others in said.values()) else f"seed {seed}: {note}"
+        for seed, notes in said.items()
+        for note in notes
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def _with_tests(methods: list[MethodSummary]) -> list[MethodSummary]:
