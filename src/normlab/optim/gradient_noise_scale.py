@@ -324,6 +324,8 @@ CARD = Card(
         "A quarter of training with one or two estimates gives a rough number: train longer, or "
         "give share=0.5.",
         "Where layers use batch statistics, the scale is that of gradients at the batch in use.",
+        "Quarters are those of the steps planned: batch-growth takes fewer, and the last quarters "
+        "are then not reported.",
     ),
     departures=(
         "Measures fresh batches on a copy of the model, so that training is to the bit what it "
