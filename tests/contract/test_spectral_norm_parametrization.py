@@ -262,6 +262,19 @@ def test_scalars_that_stay_on_a_device_give_the_same(sides, zero, monkeypatch):
         torch.testing.assert_close(number, device, rtol=1e-12, atol=1e-12)
 
 
+def test_a_side_of_singular_value_zero_pulls_at_nothing():
+    weight = torch.eye(2, dtype=torch.float64).unsqueeze(2).requires_grad_()
+    part = SpectralNorm(weight, sides=2).eval()
+    for name, place in (("left0", 0), ("right0", 1), ("left1", 0), ("right1", 0)):
+        getattr(part, name).copy_(torch.eye(2)[place])
+    slope = torch.tensor([[3.0, 5.0], [7.0, 11.0]], dtype=torch.float64).unsqueeze(2)
+    (gradient,) = torch.autograd.grad(part(weight), weight, slope)
+    # The singular values are 0 and w11: the output is 2 w / w11, which pulls at w11 alone.
+    expected = 2 * slope
+    expected[0, 0] -= 2 * (3.0 + 11.0)
+    torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("sides", [1, 2])
 def test_a_singular_value_that_counts_as_one_has_no_derivative(sides):
     weight = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)

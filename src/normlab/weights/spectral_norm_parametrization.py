@@ -308,7 +308,8 @@ class _Normalize(torch.autograd.Function):
         for axis, product, left, right in zip(
             row_axes, values, vectors[::2], vectors[1::2], strict=True
         ):
-            sign = product.sign() if isinstance(product, Tensor) else math.copysign(1.0, product)
+            # Of a number as of a tensor; zero has none.
+            sign = (product > 0) * 1.0 - (product < 0) * 1.0
             places = (-1, 1, 1) if axis == 0 else (1, -1, 1)
             others = (1, *found.shape[1:]) if axis == 0 else (len(found), 1, -1)
             found.addcmul_((left * (pull * sign)).view(places), right.view(others))
