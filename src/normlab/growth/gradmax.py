@@ -21,16 +21,20 @@ Departs:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from normlab.growth.directions import CrossTerm
-from normlab.growth.grower import Batch, attach_grower, prepare_narrow
-from normlab.growth.new_units import NormRule, gradmax_units
-from normlab.growth.pairs import GrowthPair
-from normlab.growth.widen import NewUnits
 from normlab.method import Card, Method, Setting, Source
+
+# What grows a network is loaded only by who grows one: the catalogue is to load quickly.
+if TYPE_CHECKING:
+    from normlab.growth.directions import CrossTerm
+    from normlab.growth.grower import Batch
+    from normlab.growth.new_units import NormRule
+    from normlab.growth.pairs import GrowthPair
+    from normlab.growth.widen import NewUnits
 
 SOURCE = Source(
     authors="U. Evci, B. van Merrienboer, T. Unterthiner, M. Vladymyrov, F. Pedregosa",
@@ -52,6 +56,8 @@ def prepare(model: nn.Module, setting: Setting, *, width_fraction: float = 0.25)
     Raises:
         Unsuitable: The model has no layers that can grow.
     """
+    from normlab.growth.grower import prepare_narrow
+
     return prepare_narrow(model, setting, "gradmax", width_fraction=width_fraction)
 
 
@@ -82,6 +88,8 @@ def attach(
         norm: ``"fixed"``: the scale is the norm itself.
         cross_term: ``"aux"`` for the public code's approximation at convolutions.
     """
+    from normlab.growth.grower import attach_grower
+    from normlab.growth.new_units import gradmax_units
 
     def make_units(
         model: nn.Module,

@@ -13,17 +13,20 @@ Departs:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from normlab.growth.gradmax import SOURCE
-from normlab.growth.grower import Batch, attach_grower, prepare_narrow
-from normlab.growth.grown_widths import remembered_widths
-from normlab.growth.new_units import NormRule, random_units
-from normlab.growth.pairs import GrowthPair
-from normlab.growth.widen import NewUnits
 from normlab.method import Card, Method, Setting
+
+# What grows a network is loaded only by who grows one: the catalogue is to load quickly.
+if TYPE_CHECKING:
+    from normlab.growth.grower import Batch
+    from normlab.growth.new_units import NormRule
+    from normlab.growth.pairs import GrowthPair
+    from normlab.growth.widen import NewUnits
 
 
 def prepare(
@@ -41,6 +44,8 @@ def prepare(
     Raises:
         Unsuitable: The model has no layers that can grow.
     """
+    from normlab.growth.grower import prepare_narrow
+
     return prepare_narrow(
         model, setting, "random-growth", width_fraction=width_fraction, keep_norms=keep_norms
     )
@@ -73,6 +78,10 @@ def attach(
         norm: ``"fixed"``: the scale is the norm itself.
         positive: Whether entries are uniform from 0 to 1.
     """
+    from normlab.growth.grower import attach_grower
+    from normlab.growth.grown_widths import remembered_widths
+    from normlab.growth.new_units import random_units
+
     widths = remembered_widths(model)
     outgoing_zero = widths is not None and any(pair.normalised for pair in widths.pairs)
 
